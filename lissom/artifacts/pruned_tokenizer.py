@@ -108,6 +108,11 @@ def renumbered_config(config: Any, program: Program) -> Any:
     return made
 
 
+def configs_of(model: Any, program: Program) -> tuple[Any, Any]:
+    """The configuration and the generation configuration of a transformers model, for the ids that a program takes."""
+    return renumbered_config(model.config, program), renumbered_config(model.generation_config, program)
+
+
 def renumbered_facts(facts: Facts | None, program: Program) -> Facts | None:
     """The metadata of a model with the configuration for the ids that its program takes."""
     vocabulary = program.vocabulary

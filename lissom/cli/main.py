@@ -40,8 +40,9 @@ from lissom.errors import LissomError, UnsupportedError, nearest
 from lissom.frontends.capture.device import check_device
 from lissom.generation.directory import is_saved
 from lissom.generation.prompted import Request, compile_prompted, load_prompted
+from lissom.generation.sampling import end_tokens
 from lissom.generation.speculate import Drafts
-from lissom.generation.stream import Speed, end_tokens, stream_text, stream_tokens
+from lissom.generation.stream import Speed, stream_text, stream_tokens
 from lissom.inspect.catalogue import pass_page, passes_table
 from lissom.inspect.tables import show
 from lissom.inspect.terminal import Terminal

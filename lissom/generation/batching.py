@@ -44,35 +44,42 @@ class Text:
     Attributes:
         ids: tokens of the prompt, then of the answer.
         most: tokens of the answer.
+        choice: how its tokens are chosen.
+        sampling: which tokens end it, and what changes its logits.
         region: its slots while it is read or answered.
         new: tokens of the answer that nobody took yet.
         is_finished: the answer is complete, or was cancelled.
         error: what ended it.
+        end: the tokens of the prompt and the whole answer.
     """
 
     ids: list[int]
     most: int
+    choice: Choice
     sampling: Sampling
     region: Region | None = None
     new: deque[int] = field(default_factory=deque)
     is_finished: bool = False
     error: BaseException | None = None
-    choice: Choice = field(init=False)
     end: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.choice, self.end = self.sampling.choice(), len(self.ids) + self.most
+        self.end = len(self.ids) + self.most
 
     @property
-    def unread(self) -> list[int]:
-        """The tokens that are not in its slots yet."""
-        return self.ids[len(self.region.tokens) :] if self.region is not None else self.ids
+    def held(self) -> int:
+        """The number of its tokens that are in its slots."""
+        return 0 if self.region is None else len(self.region.tokens)
+
+    @property
+    def unread(self) -> int:
+        """The number of its tokens that are not."""
+        return len(self.ids) - self.held
 
     @property
     def piece(self) -> list[int]:
         """The tokens for the next call. Pieces end at the same tokens whether the start is shared or not."""
-        held = len(self.ids) - len(self.unread)
-        return self.unread[: PIECE - held % PIECE]
+        return self.ids[self.held : self.held // PIECE * PIECE + PIECE]
 
     def take(self, logits: torch.Tensor) -> None:
         """Choose the next token.
@@ -80,7 +87,8 @@ class Text:
         Args:
             logits: [1, vocabulary].
         """
-        token = self.choice.pick(self.choice.process(torch.tensor([self.ids]), logits))
+        read = [] if self.sampling.process is None else self.ids  # nothing else reads the text
+        token = self.choice.pick(self.choice.process(torch.tensor([read]), logits))
         if token in self.sampling.stop:
             self.is_finished = True
             return
@@ -150,8 +158,8 @@ class Batching:
         with self._lock:
             self._admit()
             running = list(self._running)
-        prompts = [text for text in running if len(text.unread) > 1]
-        answers = [text for text in running if len(text.unread) == 1]
+        prompts = [text for text in running if text.unread > 1]
+        answers = [text for text in running if text.unread == 1]
         self._read_prompt = bool(prompts) and (not answers or not self._read_prompt)
         chosen = prompts[:1] if self._read_prompt else answers
         if not chosen:
@@ -167,13 +175,13 @@ class Batching:
                 text.error, text.is_finished = error, True
             if not isinstance(error, Exception):
                 raise
-        finally:
-            with self._lock:
-                self._retire()
 
     def _admit(self) -> None:
-        """Give slots to texts that wait, in order, while there is room."""
-        self._retire()
+        """Take back the slots of finished texts, and give some to texts that wait, in order, while there is room."""
+        for text in [text for text in self._running if text.is_finished]:
+            self._running.remove(text)
+            assert text.region is not None
+            self._slots.release(text.region)
         while self._waiting and len(self._running) < self._reader.sequences:
             text = self._waiting[0]
             region = self._slots.take(text.ids, text.end)
@@ -181,13 +189,6 @@ class Batching:
                 return
             text.region = region
             self._running.append(self._waiting.popleft())
-
-    def _retire(self) -> None:
-        """Take back the slots of finished texts."""
-        for text in [text for text in self._running if text.is_finished]:
-            self._running.remove(text)
-            assert text.region is not None
-            self._slots.release(text.region)
 
 
 def _take(text: Text, logits: torch.Tensor) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 
 from lissom.artifacts.artifact import Trust
-from lissom.artifacts.pruned_tokenizer import renumbered_config
+from lissom.artifacts.pruned_tokenizer import configs_of
 from lissom.artifacts.signature import TrustedKeys, key_files
 from lissom.backends.base import Backend
 from lissom.backends.distributed.backend import Distributed
@@ -43,6 +43,8 @@ from lissom.runtime.hosted_model import check_uncompiled
 if TYPE_CHECKING:
     from lissom.generation.directory import Parts
     from lissom.generation.model import GenerationModel
+
+Made = TypeVar("Made")
 
 
 @keywords_of(GenerationSettings)
@@ -94,11 +96,16 @@ def compile_generation(model: nn.Module | str | Path, settings: GenerationSettin
         >>> decoder.step(torch.tensor([[1, 2, 3]])).shape
         torch.Size([1, 50])
     """
-    if isinstance(model, (str, Path)):
-        loaded = load(str(model), with_inputs=False).model
-        with from_disk(loaded, settings.passes):
-            return _compile(loaded, settings)
-    return _compile(model, settings)
+    return with_model(model, settings.passes, partial(_compile, settings=settings))
+
+
+def with_model(model: nn.Module | str | Path, passes: str | Pass | Sequence[Pass], make: Callable[[nn.Module], Made]) -> Made:
+    """What `make` makes of a model. One that is given by its name or folder is loaded, and compiled from the disk if large."""
+    if not isinstance(model, (str, Path)):
+        return make(model)
+    loaded = load(str(model), with_inputs=False).model
+    with from_disk(loaded, passes):
+        return make(loaded)
 
 
 def _compile(model: nn.Module, settings: GenerationSettings) -> GenerationModel:
@@ -136,9 +143,7 @@ def _compile(model: nn.Module, settings: GenerationSettings) -> GenerationModel:
     compiled = compile_captured(take, place or device_of(model), asked)
     from lissom.generation.model import GenerationModel
 
-    original: Any = model
-    configs = (renumbered_config(given, compiled.program) for given in (original.config, original.generation_config))
-    decoder = GenerationModel(compiled, *configs)
+    decoder = GenerationModel(compiled, *configs_of(model, compiled.program))
     if settings.draft is not None:
         check_verifies(decoder)
         decoder.use_draft(draft_of(model, settings, _compile))

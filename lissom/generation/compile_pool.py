@@ -6,24 +6,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from lissom.artifacts.pruned_tokenizer import renumbered_config
+from lissom.artifacts.pruned_tokenizer import configs_of
 from lissom.backends.distributed.backend import Distributed
 from lissom.driver.compile import compile_captured, with_facts
 from lissom.driver.keywords import keywords_of
 from lissom.driver.options import BuildSettings, Inputs, check_choices, check_settings
-from lissom.driver.room import from_disk
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.capture.device import check_device, device_of
 from lissom.frontends.generation.decoder import check_capacity
-from lissom.frontends.generation.pool import PAGE, capture_pool, names_of, text_inputs
+from lissom.frontends.generation.pool import INPUTS, PAGE, capture_pool, text_inputs
 from lissom.frontends.models.adapters import with_merged_adapters
-from lissom.frontends.models.sources import load
-from lissom.generation.compile import with_recipe
+from lissom.generation.compile import with_model, with_recipe
 from lissom.generation.decoder import rows_of
 from lissom.runtime.hosted_model import check_uncompiled
 
@@ -77,11 +75,7 @@ def compile_pool(model: nn.Module | str | Path, settings: PoolSettings) -> Poole
         >>> [len(answer) for answer in decoder.generate([[1, 2, 3], [4, 5]], max_new_tokens=4)]
         [4, 4]
     """
-    if isinstance(model, (str, Path)):
-        loaded = load(str(model), with_inputs=False).model
-        with from_disk(loaded, settings.passes):
-            return _compile(loaded, settings)
-    return _compile(model, settings)
+    return with_model(model, settings.passes, partial(_compile, settings=settings))
 
 
 def _compile(model: nn.Module, settings: PoolSettings) -> PooledDecoder:
@@ -109,13 +103,10 @@ def _compile(model: nn.Module, settings: PoolSettings) -> PooledDecoder:
     )
     from lissom.generation.pool import PooledDecoder
 
-    original: Any = model
-    config, generation_config = (
-        renumbered_config(given, compiled.program) for given in (original.config, original.generation_config)
-    )
-    return PooledDecoder(compiled, config, generation_config, max_length, sequences)
+    return PooledDecoder(compiled, *configs_of(model, compiled.program), max_length, sequences)
 
 
 def _texts(batches: Sequence[torch.Tensor | Mapping[str, object]], max_length: int, slots: int) -> list[Inputs]:
     """Calibration texts as inputs of the program, one by one. Raises InputError."""
-    return [names_of(text_inputs(ids[None], slots)) for ids, _ in rows_of(batches, max_length)]
+    rows = (ids[None] for ids, _ in rows_of(batches, max_length))
+    return [dict(zip(INPUTS, text_inputs(row, slots), strict=True)) for row in rows]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lissom.artifacts.pruned_tokenizer import renumbered_config
+from lissom.artifacts.pruned_tokenizer import configs_of
 from lissom.backends.distributed.backend import Distributed
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Pass, Training
@@ -78,9 +77,7 @@ def compile_encoder_decoder(
         own = replace(own, metric=SourceScorer(settings.metric, batch, max_length, encoder=encoder))
     decoder = compile_captured(with_facts(lambda: captured, known), device, own, title="compile the decoder")
     _check_one_tokenizer(encoder.program, decoder.program)
-    original: Any = known
-    configs = (renumbered_config(given, decoder.program) for given in (original.config, original.generation_config))
-    return EncoderDecoderModel(decoder, encoder, *configs)
+    return EncoderDecoderModel(decoder, encoder, *configs_of(known, decoder.program))
 
 
 def _check_one_tokenizer(encoder: Program, decoder: Program) -> None:

@@ -181,7 +181,8 @@ class PooledDecoder(FixedModule):
                 f"prompt and answer are to be {len(ids)} + {max_new_tokens} tokens, and a text has {self.max_length} at most; "
                 f"lower max_new_tokens, or compile with a larger max_length"
             )
-        return Text(ids.tolist(), max_new_tokens, sampling or Sampling.of(self.generation_config))
+        sampling = sampling or Sampling.of(self.generation_config)
+        return Text(ids.tolist(), max_new_tokens, sampling.choice(self.device), sampling)
 
     def read(self, parts: Sequence[tuple[Region, Sequence[int]]]) -> torch.Tensor:
         """Append tokens to sequences; returns the logits after the last token of each, [parts, vocabulary].

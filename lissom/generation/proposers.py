@@ -124,5 +124,4 @@ class DraftDecoder:
 
     def _read(self, tokens: Sequence[int]) -> torch.Tensor:
         """The logits of the next token, [1, vocabulary], after these."""
-        logits = self.decoder.step(torch.tensor([tokens], device=self.decoder.device))
-        return logits[:, -1] if logits.dim() == 3 else logits
+        return self.decoder.step_all(torch.tensor([tokens], device=self.decoder.device))[:, -1]

@@ -1,4 +1,4 @@
-"""How the tokens of one text of a pool are chosen, and where it ends."""
+"""How the tokens of one text are chosen, and where it ends."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From a text, [1, tokens], and the logits of its next token, [1, vocabulary], to scores."""
+
+_COLDEST = 1e-30
+"""The lowest temperature: below it the scaled logits overflow and softmax is NaN; here it already picks the likeliest token."""
 
 
 @dataclass(frozen=True)
@@ -56,23 +59,24 @@ class Sampling:
     @classmethod
     def of(cls, config: GenerationConfig) -> Sampling:
         """The likeliest tokens up to one that ends a text of the model. Raises InputError."""
-        from lissom.generation.stream import end_tokens
-
         return cls(stop=end_tokens(config.eos_token_id))
 
-    def choice(self) -> Choice:
-        """The choice for one text."""
+    def choice(self, device: torch.device) -> Choice:
+        """The choice for one text, whose logits are on a device."""
         if self.temperature == 0:
             return Choice(self._processed, samples=False)
-        generator = torch.Generator().manual_seed(self.seed)
-        return Choice(lambda text, logits: self._warp(self._processed(text, logits)), samples=True, generator=generator)
+
+        def process(text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            return self._warp(self._processed(text, logits))
+
+        return Choice(process, samples=True, warp=self._warp, generator=torch.Generator(device).manual_seed(self.seed))
 
     def _processed(self, text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return logits if self.process is None else self.process(text, logits)
 
     def _warp(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits over the temperature, minus infinity outside of top-k and top-p."""
-        scores = logits.float().cpu() / max(self.temperature, 1e-30)
+        scores = logits.float() / max(self.temperature, _COLDEST)
         if 0 < self.top_k < scores.shape[-1]:
             scores = scores.masked_fill(scores < scores.topk(self.top_k).values[:, -1:], -math.inf)
         if self.top_p < 1:
@@ -81,3 +85,19 @@ class Sampling:
             ordered = ordered.masked_fill(before >= self.top_p, -math.inf)
             scores = torch.full_like(scores, -math.inf).scatter(-1, order, ordered)
         return scores
+
+
+def end_tokens(eos_token_id: object) -> tuple[int, ...]:
+    """The token ids in `eos_token_id` of a generation configuration, which is None, one id, or several.
+
+    Raises:
+        InputError: if it is anything else.
+    """
+    several = isinstance(eos_token_id, (list, tuple))
+    ids = () if eos_token_id is None else tuple(eos_token_id) if several else (eos_token_id,)
+    tokens = tuple(token for token in ids if isinstance(token, int) and not isinstance(token, bool))
+    if len(tokens) < len(ids):
+        raise InputError(
+            f"eos_token_id of the generation configuration is {eos_token_id!r:.80}; write a token id or a list of them"
+        )
+    return tokens

@@ -15,13 +15,12 @@ from lissom.errors import InputError
 from lissom.generation.choice import Choice
 from lissom.generation.configured import ConfiguredDecoder
 from lissom.generation.decoder import Decoder
+from lissom.generation.sampling import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _UNFINISHED = "�"
-_COLDEST = 1e-30
-"""The lowest temperature: below it the scaled logits overflow and softmax is NaN; here it already picks the likeliest token."""
 
 
 @dataclass
@@ -69,22 +68,6 @@ def read_prompt(text: str, tokenizer: PreTrainedTokenizerBase, longest: int | No
     return ids
 
 
-def end_tokens(eos_token_id: object) -> tuple[int, ...]:
-    """The token ids in `eos_token_id` of a generation configuration, which is None, one id, or several.
-
-    Raises:
-        InputError: if it is anything else.
-    """
-    several = isinstance(eos_token_id, (list, tuple))
-    ids = () if eos_token_id is None else tuple(eos_token_id) if several else (eos_token_id,)
-    tokens = tuple(token for token in ids if isinstance(token, int) and not isinstance(token, bool))
-    if len(tokens) < len(ids):
-        raise InputError(
-            f"eos_token_id of the generation configuration is {eos_token_id!r:.80}; write a token id or a list of them"
-        )
-    return tokens
-
-
 def stream_tokens(
     decoder: Decoder,
     input_ids: torch.Tensor,
@@ -111,10 +94,8 @@ def stream_tokens(
         )
     if not 0 <= temperature < math.inf or max_new_tokens < 1:
         raise InputError(f"temperature is {temperature:g} and max_new_tokens {max_new_tokens}; give 0 or more, and 1 or more")
-    if not -(1 << 63) <= seed < 1 << 64:
-        raise InputError(f"seed is {seed}; give a whole number of 64 bits")
+    choice = Sampling(temperature, seed=seed).choice(decoder.device)
     speed = speed or Speed()
-    choice = _choice(temperature, torch.Generator(decoder.device).manual_seed(seed))
     started = time.perf_counter()
     with closing(_steps(decoder, input_ids, decoder.prefill(input_ids), choice, max_new_tokens)) as tokens:
         spent = 0.0
@@ -130,22 +111,13 @@ def stream_tokens(
             started = time.perf_counter()  # the consumer's time between tokens does not count
 
 
-def _choice(temperature: float, generator: torch.Generator) -> Choice:
-    def warp(logits: torch.Tensor) -> torch.Tensor:
-        return logits.float() / max(temperature, _COLDEST)
-
-    if temperature == 0:
-        return Choice(lambda _, logits: logits, samples=False)
-    return Choice(lambda _, logits: warp(logits), samples=True, warp=warp, generator=generator)
-
-
 def _steps(decoder: Decoder, input_ids: torch.Tensor, logits: torch.Tensor, choice: Choice, most: int) -> Generator[int]:
     """The tokens that follow a prompt, at most so many.
 
     Args:
         logits: [1, vocabulary], or [1, tokens, vocabulary].
     """
-    last = _last(logits)
+    last = logits[:, -1] if logits.dim() == 3 else logits
     speculator = decoder.speculator if isinstance(decoder, ConfiguredDecoder) else None
     if speculator is not None:
         with closing(speculator.steps(input_ids, last, choice, most)) as steps:
@@ -155,11 +127,7 @@ def _steps(decoder: Decoder, input_ids: torch.Tensor, logits: torch.Tensor, choi
         token = choice.pick(choice.process(input_ids, last))
         yield token
         if count < most:
-            last = _last(decoder.step(torch.tensor([[token]], device=decoder.device)))
-
-
-def _last(logits: torch.Tensor) -> torch.Tensor:
-    return logits[:, -1] if logits.dim() == 3 else logits
+            last = decoder.step_all(torch.tensor([[token]], device=decoder.device))[:, -1]
 
 
 def stream_text(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

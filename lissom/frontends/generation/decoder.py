@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ CACHE = "cache"
 """The name of the module with the state: `cache.0.keys` and `cache.0.values` belong to the first layer."""
 SHORTEST = 8
 """The smallest number of slots of a KV cache."""
-_PREFILL = 128
+PREFILL = 128
 """The most tokens of a prefill that is timed."""
 
 
@@ -164,10 +164,14 @@ def step_inputs(example: Sample, max_length: int) -> Sample:
 def prefill_inputs(example: Sample, max_length: int) -> Sample:
     """The inputs of a prefill of an empty cache; programs are timed on them too."""
     ids, mask, positions, start = example
-    tokens = min(_PREFILL, max_length)
-    repeated = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
+    tokens = min(PREFILL, max_length)
     counted = torch.arange(tokens, device=positions.device).expand(len(ids), tokens).contiguous()
-    return [repeated, mask, counted, torch.zeros_like(start)]
+    return [repeated(ids, tokens), mask, counted, torch.zeros_like(start)]
+
+
+def repeated(ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    """So many tokens, of ids [batch, some], again and again."""
+    return ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
 
 
 def _confirm(program: Program, model: PreTrainedModel, example: Sample) -> None:
@@ -210,9 +214,13 @@ def refuse_different(model: nn.Module, program: Program, wanted: torch.Tensor, l
 
 def describe_cache(program: Program) -> str:
     """A note on the size of a program's KV cache."""
-    size = sum(tensor.numel() * tensor.element_size() for tensor in map(program.weight, program.state))
-    rows, length = program.signature.tensors[1].type.shape
-    return f"the cache holds {length} tokens of {rows} sequence{'s' if rows != 1 else ''} in {size / 1e6:.3g} MB"
+    (rows, length), size = program.signature.tensors[1].type.shape, state_bytes(program) / 1e6
+    return f"the cache holds {length} tokens of {rows} sequence{'s' if rows != 1 else ''} in {size:.3g} MB"
+
+
+def state_bytes(program: Program) -> int:
+    """The size of a program's state."""
+    return sum(program.weight(name).nbytes for name in program.state)
 
 
 def check_generating(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
@@ -296,7 +304,6 @@ def _forward(stateful: PreTrainedModel, kept: int | None) -> Callable[..., torch
         kept: the number of last tokens whose logits are returned; None for all.
     """
     parameters = inspect.signature(type(stateful).forward).parameters
-    by_model = "logits_to_keep" in parameters
 
     def forward(
         input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, start: torch.Tensor
@@ -304,12 +311,23 @@ def _forward(stateful: PreTrainedModel, kept: int | None) -> Callable[..., torch
         cache = cache_of(stateful.get_submodule(CACHE), start)
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         given = {name: tensor for name, tensor in given.items() if name in parameters}
-        if kept is None:
-            return call(stateful, cache, **given).logits
-        last = last_tokens(input_ids.shape[1], kept)
-        # transformers takes a number, or an index of the tokens.
-        keep = {"logits_to_keep": 1 if kept == 1 else last} if by_model else {}
-        logits = call(stateful, cache, **given, **keep).logits
-        return logits[:, last] if kept == 1 or not by_model else logits
+        return logits_of(stateful, cache, given, kept)
 
     return forward
+
+
+def logits_of(stateful: PreTrainedModel, cache: Any, given: Mapping[str, torch.Tensor], kept: int | None) -> torch.Tensor:
+    """The logits of a call, [batch, tokens, vocabulary].
+
+    Args:
+        given: inputs by name.
+        kept: the number of last tokens whose logits are returned; None for all.
+    """
+    if kept is None:
+        return call(stateful, cache, **given).logits
+    by_model = "logits_to_keep" in inspect.signature(type(stateful).forward).parameters
+    last = last_tokens(given["input_ids"].shape[1], kept)
+    # transformers takes a number, or an index of the tokens.
+    keep = {"logits_to_keep": 1 if kept == 1 else last} if by_model else {}
+    logits = call(stateful, cache, **given, **keep).logits
+    return logits[:, last] if kept == 1 or not by_model else logits

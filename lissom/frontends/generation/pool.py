@@ -12,9 +12,8 @@ A token attends to its own slots, where the model's mask, computed from position
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +26,23 @@ from lissom.compiler.ir.samples import Sample, check_samples
 from lissom.errors import UnsupportedError
 from lissom.frontends.capture.device import device_of
 from lissom.frontends.capture.export import Capture, capture, evaluating
-from lissom.frontends.capture.isolation import isolated, with_own_modules
+from lissom.frontends.capture.isolation import exchanged, isolated, with_own_modules
 from lissom.frontends.capture.layers_alike import layers_alike
 from lissom.frontends.capture.untouched import untouched
-from lissom.frontends.generation.decoder import CACHE, check_generating, check_state, refuse_different, with_state
-from lissom.frontends.generation.decoder_state import cache_of, call, layer_states
+from lissom.frontends.generation.decoder import (
+    CACHE,
+    PREFILL,
+    check_generating,
+    check_state,
+    logits_of,
+    refuse_different,
+    repeated,
+    state_bytes,
+    with_state,
+)
+from lissom.frontends.generation.decoder_state import cache_of, layer_states
 from lissom.frontends.generation.state_names import is_kv_cache
-from lissom.frontends.generation.whole_text import last_tokens, run_whole
+from lissom.frontends.generation.whole_text import run_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,8 +51,6 @@ INPUTS = ("input_ids", "position_ids", "slots", "key_positions", "own")
 """The inputs of a pool's program, in order."""
 PAGE = 16
 """The slots of a page; the slots of a sequence begin with one."""
-_TIMED = 128
-"""The most tokens of a prefill that is timed."""
 
 
 def capture_pool(
@@ -85,8 +92,8 @@ def capture_pool(
             _confirm(captured.program, own, captured.example)
     step = decode_inputs(captured.example, sequences)
     checked = (*check_samples(captured.program.signature, captured.example), step)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in map(captured.program.weight, captured.program.state))
-    notes = (*captured.notes, f"the pool holds {slots} tokens of up to {sequences} sequences in {size / 1e6:.3g} MB")
+    size = state_bytes(captured.program) / 1e6
+    notes = (*captured.notes, f"the pool holds {slots} tokens of up to {sequences} sequences in {size:.3g} MB")
     timed = (prefill_inputs(captured.example, max_length),)
     return replace(captured, example=step, samples=checked, notes=notes, timed=timed)
 
@@ -101,9 +108,7 @@ def text_inputs(ids: torch.Tensor, slots: int) -> Sample:
 
 def prefill_inputs(example: Sample, max_length: int) -> Sample:
     """The inputs of a prefill of one text."""
-    ids, slots = example[0], example[3].shape[0]
-    tokens = min(_TIMED, max_length)
-    return text_inputs(ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens], slots)
+    return text_inputs(repeated(example[0], min(PREFILL, max_length)), example[3].shape[0])
 
 
 def decode_inputs(example: Sample, sequences: int) -> Sample:
@@ -114,8 +119,7 @@ def decode_inputs(example: Sample, sequences: int) -> Sample:
     starts = torch.arange(sequences, device=ids.device) * share
     positions = torch.full((sequences,), share // 2, device=ids.device)
     own = (places >= starts[:, None]) & (places <= (starts + positions)[:, None])
-    repeated = ids.repeat(1, -(-sequences // ids.shape[1]))[:, :sequences]
-    return [repeated, positions[None], starts + positions, places % share, own]
+    return [repeated(ids, sequences), positions[None], starts + positions, places % share, own]
 
 
 def _example(model: PreTrainedModel, slots: int) -> Sample:
@@ -161,7 +165,6 @@ def _confirm(program: Program, model: PreTrainedModel, example: Sample) -> None:
 
 def _forward(stateful: PreTrainedModel, sequences: int) -> Callable[..., torch.Tensor]:
     """The forward of the module with the pool; its logits are those of the last `sequences` tokens."""
-    by_model = "logits_to_keep" in inspect.signature(type(stateful).forward).parameters
 
     def forward(
         input_ids: torch.Tensor,
@@ -171,17 +174,13 @@ def _forward(stateful: PreTrainedModel, sequences: int) -> Callable[..., torch.T
         own: torch.Tensor,
     ) -> torch.Tensor:
         cache = cache_of(stateful.get_submodule(CACHE), slots[:1], slots)
-        last = last_tokens(input_ids.shape[1], sequences)
-        keep = {"logits_to_keep": last} if by_model else {}
         with _masks_of(position_ids[0], key_positions, own):
-            logits = call(stateful, cache, input_ids=input_ids, position_ids=position_ids, **keep).logits
-        return logits if by_model else logits[:, last]
+            return logits_of(stateful, cache, {"input_ids": input_ids, "position_ids": position_ids}, sequences)
 
     return forward
 
 
-@contextmanager
-def _masks_of(positions: torch.Tensor, key_positions: torch.Tensor, own: torch.Tensor) -> Generator[None]:
+def _masks_of(positions: torch.Tensor, key_positions: torch.Tensor, own: torch.Tensor) -> AbstractContextManager[None]:
     """Let transformers compute masks from positions rather than from slots, and hide the slots of others.
 
     Args:
@@ -200,21 +199,7 @@ def _masks_of(positions: torch.Tensor, key_positions: torch.Tensor, own: torch.T
 
     def added(*sizes: Any, dtype: torch.dtype = torch.float32, **others: Any) -> torch.Tensor:
         seen = visible(*sizes, **others)
-        return torch.where(seen, torch.tensor(0.0, dtype=dtype), torch.tensor(torch.finfo(dtype).min, dtype=dtype))
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
-    replaced: dict[str, Callable[..., Any]] = {"sdpa": visible, "eager": added}
-    before = {name: ALL_MASK_ATTENTION_FUNCTIONS._local_mapping.get(name) for name in replaced}
-    try:
-        ALL_MASK_ATTENTION_FUNCTIONS._local_mapping.update(replaced)
-        yield
-    finally:
-        for name, function in before.items():
-            if function is None:
-                ALL_MASK_ATTENTION_FUNCTIONS._local_mapping.pop(name)
-            else:
-                ALL_MASK_ATTENTION_FUNCTIONS._local_mapping[name] = function
-
-
-def names_of(sample: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inputs of a pool's program by name."""
-    return dict(zip(INPUTS, sample, strict=True))
+    functions = ALL_MASK_ATTENTION_FUNCTIONS._local_mapping | {"sdpa": visible, "eager": added}
+    return exchanged(ALL_MASK_ATTENTION_FUNCTIONS, "_local_mapping", functions)

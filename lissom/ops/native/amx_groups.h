@@ -41,8 +41,8 @@ struct TiledGroups : GroupQuantized<T, bits, true, shifts> {
         const Element* a = this->elements.data() + (row - this->origin) * this->inputs + step * kTogether * kGroup;
         const int8_t* b = bits == 4 ? decoded[step % 2] : weights(step);
         for (int64_t g = 0; g < groups_of(step); ++g, a += kGroup, b += kGroupBytes) {
-          if (rows > kTileRows) multiply<true>(a, this->inputs, b, totals[step % 2][g]);
-          else multiply<false>(a, this->inputs, b, totals[step % 2][g]);
+          const AmxPanel group{reinterpret_cast<const char*>(b), 1, nullptr};
+          amx_product<int8_t>(rows, a, this->inputs, group, totals[step % 2][g], kPanelBytes);
         }
       }
       if (step == 0) continue;
@@ -54,31 +54,6 @@ struct TiledGroups : GroupQuantized<T, bits, true, shifts> {
   }
 
  private:
-  // totals = 16 or 32 rows of a group times a panel.
-  template <bool two>
-  static void multiply(const Element* a, int64_t stride, const int8_t* b, int32_t (*totals)[kPanel]) {
-    asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
-    LISSOM_TILE_ZERO(0);
-    LISSOM_TILE_ZERO(1);
-    LISSOM_TILE_LOAD(4, a, stride);
-    LISSOM_TILE_LOAD(6, b, kPanelBytes);
-    LISSOM_TILE_LOAD(7, b + kTileBytes, kPanelBytes);
-    LISSOM_TILE_DOT(int8_t, 0, 4, 6);
-    LISSOM_TILE_DOT(int8_t, 1, 4, 7);
-    LISSOM_TILE_STORE(0, totals[0], kPanelBytes);
-    LISSOM_TILE_STORE(1, totals[0] + kPanel / 2, kPanelBytes);
-    if constexpr (two) {
-      LISSOM_TILE_ZERO(2);
-      LISSOM_TILE_ZERO(3);
-      LISSOM_TILE_LOAD(5, a + kTileRows * stride, stride);
-      LISSOM_TILE_DOT(int8_t, 2, 5, 6);
-      LISSOM_TILE_DOT(int8_t, 3, 5, 7);
-      LISSOM_TILE_STORE(2, totals[kTileRows], kPanelBytes);
-      LISSOM_TILE_STORE(3, totals[kTileRows] + kPanel / 2, kPanelBytes);
-    }
-    asm volatile("" ::: "memory");
-  }
-
   // Adds the totals of groups [part, part + n).
   template <int64_t n>
   void add(const Totals* totals, int64_t part, int64_t row, int64_t rows, int64_t panel, float* sums) const {

@@ -45,13 +45,7 @@ struct TiledWeights {
         if (!std::isfinite(left)) *to = BFloat16(left);
       }
     if (!weight.has_zeros()) return;
-    sums.resize((end - begin) * weight.groups);
-    for (size_t i = 0; i < sums.size(); ++i) {
-      Vec total = splat(0.0f);
-      const T* from = x + begin * weight.inputs + i * group();
-      for (int64_t c = 0; c < group(); c += kLanes) total += load_some(from + c, group() - c);
-      sums[i] = sum(total);
-    }
+    group_sums(x + begin * weight.inputs, (end - begin) * weight.groups, group(), sums);
   }
 
   int64_t open(int64_t panel, int64_t) const { return panel; }

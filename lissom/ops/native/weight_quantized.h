@@ -262,6 +262,17 @@ inline void store_pairs(BFloat16* to, Vec first, Vec second) {
 }
 #endif
 
+// Sums of `count` groups of x, one after the other.
+template <typename S>
+void group_sums(const S* x, int64_t count, int64_t size, std::vector<float>& sums) {
+  sums.resize(count);
+  for (int64_t i = 0; i < count; ++i, x += size) {
+    Vec total = splat(0.0f);
+    for (int64_t c = 0; c < size; c += kLanes) total += load_some(x + c, size - c);
+    sums[i] = sum(total);
+  }
+}
+
 // P: the dtype in which the dequantized panel is multiplied with x.
 template <typename T, typename P>
 struct WeightQuantized {
@@ -278,16 +289,11 @@ struct WeightQuantized {
   int64_t row_bytes() const { return weight.inputs * sizeof(T); }
 
   void prepare(int64_t begin, int64_t end) {
-    int64_t n = weight.inputs, group = n / weight.groups;
+    int64_t n = weight.inputs;
     origin = begin;
     if (!std::is_same_v<T, float> && (direct() || std::is_same_v<P, float>)) widen(x + begin * n, (end - begin) * n, floats);
     if (!direct() || !weight.has_zeros()) return;
-    sums.resize((end - begin) * weight.groups);
-    for (size_t i = 0; i < sums.size(); ++i) {
-      Vec total = splat(0.0f);
-      for (int64_t c = 0; c < group; c += kLanes) total += load_some(values(begin) + i * group + c, group - c);
-      sums[i] = sum(total);
-    }
+    group_sums(values(begin), (end - begin) * weight.groups, n / weight.groups, sums);
   }
 
   // The dequantized panel in thread-local memory; null where the weight is dequantized in registers.
