@@ -121,7 +121,7 @@ def read_weights(program: Program, model: nn.Module, norm_offset: float) -> dict
             weights[f"{nodes.origin(node).module_path}.weight"] = program.weight(str(scale.target)).detach().cpu() - norm_offset
     for name, weight in weights.items():
         stored = stored_form(originals[name]) if name in originals else None
-        weights[name] = weight if stored is None else _as_in_file(stored, weight) or weight
+        weights[name] = (_as_in_file(stored, weight) if isinstance(stored, StoredWeight) else None) or weight
     return weights
 
 
