@@ -137,7 +137,7 @@ def test_generate_reads_weights_of_gguf_file_as_they_are(decoder, tmp_path, monk
     monkeypatch.setattr("lissom.generation.prompted.load", lambda _, **__: Source(model, {}, (), checkpoint))
     monkeypatch.setattr("lissom.generation.prompted.read_prompt", lambda *_: torch.tensor([[1, 5, 9]]))
     arguments = ["generate", "any", "text", "--max-new-tokens", "4"]
-    told = "the weights stay as the GGUF file stores them (use-stored-weights); --passes exact computes with float32"
+    told = "the weights stay as the file stores them (use-stored-weights); --passes exact computes with float32"
     first, second = runner.invoke(app, arguments), runner.invoke(app, [*arguments, "--passes", "exact"])
     assert told in first.stderr and told not in second.stderr
     assert ways[0] == "use-stored-weights" and first.stdout == second.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,10 +21,10 @@ HIDDEN, FEED, VOCABULARY = 64, 96, 80
 def small_config(kind: str = "llama", *, tied: bool = False, hidden: int = HIDDEN, feed: int = FEED) -> Any:
     import transformers
 
-    sizes = {"hidden_size": hidden, "intermediate_size": feed, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 16}
+    sizes: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": feed, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 16}
     kinds = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}
-    ends = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": None}
+    ends: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": None}
     return kinds[kind](**sizes, **heads, **ends, tie_word_embeddings=tied, initializer_range=0.2)
 
 
@@ -109,7 +110,15 @@ class Written:
 
 
 def write(
-    folder: Path, method: str, *, bits: int = 4, group: int = 32, symmetric: bool = True, config: Any = None, scattered: Any = None, **fields: Any
+    folder: Path,
+    method: str,
+    *,
+    bits: int = 4,
+    group: int = 32,
+    symmetric: bool = True,
+    config: Any = None,
+    scattered: Any = None,
+    **fields: Any,
 ) -> Written:
     """Write a small model whose linear layers but the LM head are quantized, as GPTQ or AWQ.
 
@@ -161,3 +170,42 @@ def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
         if tensor is not None:
             state[name.replace("__", ".")] = tensor
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_compressed(
+    folder: Path,
+    groups: Mapping[str, Any],
+    *,
+    ignore: tuple[str, ...] = ("lm_head",),
+    config: Any = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a small model as compressed-tensors does, with the package itself, rounded to the nearest.
+
+    groups: for each group the targets, and the fields of its weights and activations.
+    """
+    parts_of: Any = importlib.import_module
+    quantization, compressors = parts_of("compressed_tensors.quantization"), parts_of("compressed_tensors.compressors")
+    calculate_qparams = parts_of("compressed_tensors.quantization.utils").calculate_qparams
+    model = small_model(config or small_config()).to(dtype)
+    scheme = quantization.QuantizationConfig.model_validate({"config_groups": dict(groups), "ignore": list(ignore)})
+    quantization.apply_quantization_config(model, scheme, show_progress=False)
+    for module in model.modules():
+        args = getattr(getattr(module, "quantization_scheme", None), "weights", None)
+        if args is None:
+            continue
+        weight, shape = module.weight.detach(), module.weight_scale.shape
+        if args.strategy == "block":
+            rows, columns = args.block_structure
+            parts = weight.unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).transpose(1, 2).flatten(2)
+        else:
+            parts = weight.reshape(*(shape if len(shape) == 2 else (1, 1)), -1)
+        scale, zero = calculate_qparams(parts.amin(-1), parts.amax(-1), args)
+        module.weight_scale.data = scale.reshape(shape)
+        if getattr(module, "weight_zero_point", None) is not None:
+            module.weight_zero_point.data = zero.reshape(shape)
+    compressor = compressors.ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(str(folder))
+    return folder

@@ -8,8 +8,8 @@
 
 Scales are one per tensor, [1]; per output channel, [out, 1]; per group, [out, in / group]; or per block of fp8. The layout is
 that of github.com/vllm-project/compressed-tensors (compressors, quantization/lifecycle/forward.py), its package is not needed.
-Activations stay in floating point: the format rounds them to -128 … 127 by max|x| / 127.5, and the kernels of W8A8 to uint8 with
-a zero point, which is other arithmetic.
+Activations stay in floating point: the format rounds them to -128 … 127 by max|x| / 127.5, and the kernels of W8A8 to uint8
+with a zero point, which is other arithmetic.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def _is_quantized(tensors: StoredTensors, layer: str, schemes: Schemes) -> bool:
     dtype = tensors.dtype(f"{layer}.weight")
     if dtype in FLOATS and f"{layer}.weight_scale" in tensors and not schemes.is_dense:
         raise UnsupportedError(
-            f"{tensors.directory} stores '{layer}.weight' as {dtype} next to its scale, so it is not rounded yet; save the model "
-            f"with save_compressed=True"
+            f"{tensors.directory} stores '{layer}.weight' as {dtype} next to its scale, so it is not rounded yet; save the "
+            f"model with save_compressed=True"
         )
     return dtype in _BYTES
 
@@ -91,7 +91,9 @@ def _packed(tensors: StoredTensors, layer: str, scheme: Scheme) -> QuantizedLaye
     """A layer whose integers are packed in words, checked by its headers before its values are read."""
     packed, bits = f"{layer}.weight_packed", scheme.bits
     if scheme.type != "int":
-        raise ArtifactError(f"{tensors.directory} packs '{packed}', whose scheme has the type '{scheme.type}'; copy the checkpoint again")
+        raise ArtifactError(
+            f"{tensors.directory} packs '{packed}', whose scheme has the type '{scheme.type}'; copy the checkpoint again"
+        )
     tensors.check(f"{layer}.weight_shape", ("I64", "I32"), [(2,)], "the shape of a packed weight")
     rows, columns = (int(size) for size in tensors.tensor(f"{layer}.weight_shape"))
     wanted = (rows, -(-columns * bits // WORD))
@@ -126,7 +128,9 @@ def _in_bytes(tensors: StoredTensors, layer: str, scheme: Scheme) -> QuantizedLa
     rows, columns = shape
     grid = _grid(tensors, layer, scheme, rows, columns)
     if scheme.type == "float" and grid.zero_point is not None:
-        raise UnsupportedError(f"{tensors.directory} has zero points for '{name}' in fp8, which has none; quantize the model again")
+        raise UnsupportedError(
+            f"{tensors.directory} has zero points for '{name}' in fp8, which has none; quantize the model again"
+        )
     q = tensors.tensor(name)
     if scheme.bits == 4 and q.numel() and not -8 <= int(q.min()) <= int(q.max()) <= 7:
         raise ArtifactError(f"{tensors.directory} has integers of more than 4 bits in '{name}'; copy the checkpoint again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import cast
 
@@ -60,19 +61,22 @@ class Schemes:
         _refuse_others(settings)
         groups = _fields(settings, "config_groups")
         parts = [(name, _scheme(file, name, group)) for name, group in groups.items()]
-        targets = [(_names(file, f"config_groups.{name}.targets", _part(groups, name, "targets")), scheme) for name, scheme in parts]
+        targets = [
+            (_names(file, f"config_groups.{name}.targets", _part(groups, name, "targets")), scheme) for name, scheme in parts
+        ]
         return cls(file, targets, _names(file, "ignore", fields.get("ignore") or []), format == "dense")
 
     def of(self, layer: str, classes: Sequence[str]) -> Scheme:
-        """The scheme of a layer: the first that names it, else whose pattern matches, else for its class.
+        """The scheme of a layer: the one that names it, else whose pattern matches, first by its text, else for its class.
 
         Raises:
             ArtifactError: if there is none, though the layer is stored in integers.
         """
         if not any(_matches(target, layer, classes) for target in self.ignore):
+            by_target = sorted(((target, scheme) for targets, scheme in self.targets for target in targets), key=itemgetter(0))
             for kind in (_is_name, _is_pattern, _is_class):
-                for targets, scheme in self.targets:
-                    if any(kind(target, layer, classes) for target in targets):
+                for target, scheme in by_target:
+                    if kind(target, layer, classes):
                         return scheme
         raise ArtifactError(
             f"{self.file}: no group of quantization_config is for '{layer}', or it is among those to ignore, and its weight is "
@@ -84,7 +88,9 @@ def _refuse_others(settings: Settings) -> None:
     """Refuse what changes the model's arithmetic, or how its weights are stored."""
     for name, what in (("transform_config", "a transform of activations"), ("sparsity_config", "sparse storage")):
         value = settings.fields.get(name)
-        if value and not (isinstance(value, dict) and value.get("format") == "dense"):
+        if isinstance(value, dict) and (value.get("format") == "dense" or not any(value.values())):
+            continue
+        if value:
             settings.refuse(f"{what} ({name})", value, "checkpoints without it", "save the model without it")
 
 

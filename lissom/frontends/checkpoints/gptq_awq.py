@@ -99,7 +99,9 @@ def _layer(tensors: StoredTensors, layer: str, scheme: _Scheme) -> QuantizedLaye
     names = {leaf: f"{layer}.{leaf}" for leaf in _PARTS}
     used = frozenset(name for name in names.values() if name in tensors)
     if len(tensors.shape(names["scales"])) != 2:
-        raise ArtifactError(f"{tensors.directory} has '{names['scales']}' in {[*tensors.shape(names['scales'])]}, and it is a matrix")
+        raise ArtifactError(
+            f"{tensors.directory} has '{names['scales']}' in {[*tensors.shape(names['scales'])]}, and it is a matrix"
+        )
     groups, rows = tensors.shape(names["scales"])
     bits = _bits(tensors, names["qzeros"], rows, scheme)
     columns = _columns(tensors, names["qweight"], bits, scheme)

@@ -54,7 +54,7 @@ class QuantizedState:
     notes: tuple[str, ...]
 
     def keep_in(self, model: nn.Module) -> tuple[str, ...]:
-        """Let every weight of a model that was loaded from `values` remember how it is stored; returns sentences on the rest."""
+        """Let every weight of a model that was loaded from `values` remember how it is stored; returns notes on the rest."""
         by_address = {self.values[name].data_ptr(): name for name in self.stored}
         found: set[str] = set()
         for weight in model.parameters():
@@ -154,16 +154,18 @@ def _notes(config: QuantizationConfig) -> Iterable[str]:
     """Sentences on what the configuration asks for beyond weights."""
     groups = config.fields.get("config_groups")
     if isinstance(groups, dict):
-        schemes = [cast("dict[str, object]", group) for group in cast("dict[str, object]", groups).values() if isinstance(group, dict)]
+        schemes = [
+            cast("dict[str, object]", group) for group in cast("dict[str, object]", groups).values() if isinstance(group, dict)
+        ]
         if any(scheme.get("input_activations") or scheme.get("output_activations") for scheme in schemes):
             yield "the checkpoint quantizes activations too; here they stay in floating point, which is weight-only"
     if config.fields.get("kv_cache_scheme"):
-        yield "the checkpoint quantizes the KV cache; here it stays in floating point, unless quantize-cache is among the passes"
+        yield "the checkpoint quantizes the KV cache; here it stays in floating point, unless quantize-cache is a pass"
 
 
 def _describe_scattered(layers: list[str]) -> Iterable[str]:
     if layers:
         yield (
-            f"{len(layers)} layers, '{layers[0]}' first, are in floating point: their g_idx has groups of different sizes, which "
-            f"no kernel reads"
+            f"{len(layers)} layers, '{layers[0]}' first, are in floating point: their g_idx has groups of different sizes, "
+            f"which no kernel reads"
         )

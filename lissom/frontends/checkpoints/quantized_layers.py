@@ -57,8 +57,8 @@ class Settings:
 def partial_group(directory: Path, layer: str, inputs: int, group: int) -> UnsupportedError:
     """The error of a layer whose last group is not whole."""
     return UnsupportedError(
-        f"{directory}: '{layer}' has {inputs} inputs in groups of {group}, so its last group is partial, and Lissom reads whole "
-        f"groups; quantize the model again with a group size that divides {inputs}"
+        f"{directory}: '{layer}' has {inputs} inputs in groups of {group}, so its last group is partial, and Lissom reads "
+        f"whole groups; quantize the model again with a group size that divides {inputs}"
     )
 
 

@@ -18,7 +18,7 @@ FLOATS = ("F16", "BF16", "F32")
 
 
 class StoredTensors:
-    """The tensors of a directory that `check_shards` accepted. Values are mapped from the files, and read when they are used."""
+    """The tensors of a directory that `check_shards` accepted. Values are mapped from the files, and read on use."""
 
     def __init__(self, directory: Path) -> None:
         from safetensors import safe_open
@@ -64,21 +64,22 @@ class StoredTensors:
         if (shape := self.shape(name)) not in [tuple(allowed) for allowed in shapes]:
             allowed = " or ".join(str([*allowed]) for allowed in dict.fromkeys(map(tuple, shapes)))
             raise ArtifactError(
-                f"{self.directory} has '{name}' in the shape {[*shape]}, and {reason} needs {allowed}; copy the checkpoint again"
+                f"{self.directory} has '{name}' in the shape {[*shape]}, and {reason} needs {allowed}; "
+                f"copy the checkpoint again"
             )
 
     def finite(self, name: str) -> torch.Tensor:
         """The values of scales. Raises ArtifactError if one is infinite or NaN."""
         scale = self.tensor(name)
         if not bool(scale.isfinite().all()):
-            raise ArtifactError(f"{self.directory} has scales in '{name}' that are not finite; copy or quantize the model again")
+            raise ArtifactError(
+                f"{self.directory} has scales in '{name}' that are not finite; copy or quantize the model again"
+            )
         return scale
 
     def _file(self, name: str) -> Any:
         if name not in self._files:
-            raise ArtifactError(
-                f"{self.directory} lacks '{name}', which its quantized weight needs; copy the checkpoint again"
-            )
+            raise ArtifactError(f"{self.directory} lacks '{name}', which its quantized weight needs; copy the checkpoint again")
         return self._files[name]
 
 

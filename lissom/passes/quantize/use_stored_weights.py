@@ -8,9 +8,9 @@ bits. It takes Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K and MX
 CPU kernels of eager, which take all types, pack them in five and six. ONNX Runtime has none for weights with minimums or in
 MXFP4.
 
-Checkpoints that are quantized by compressed-tensors, GPTQ or AWQ store int4, int8 or fp8, with a scale per channel or per group.
-Where a group of GPTQ holds inputs that are not neighbours (`desc_act`), the columns stay as stored, and the layer reads its
-input in their order, x[..., order].
+Checkpoints that are quantized by compressed-tensors, GPTQ or AWQ store int4, int8 or fp8, with a scale per channel or per
+group. Where a group of GPTQ holds inputs that are not neighbours (`desc_act`), its columns are sorted by group, and the layer
+reads its input in their order, x[..., order].
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def _obstacle(node: fx.Node, stored: Stored) -> str | None:
     packed = stored.rows if stored.transposed else stored.columns
     if FORMATS[stored.format].bits == 4 and packed % 2:
         return f"its number of features, {packed}, is odd, and {stored.format} packs two per byte"
-    if stored.column_order is not None and (other := next((user for user in node.users if not _reads_columns(user, node)), None)):
+    if stored.column_order is not None and (
+        other := next((user for user in node.users if not _reads_columns(user, node)), None)
+    ):
         return f"its columns are stored in another order, and '{other.name}' is no linear layer whose input can have it"
     return None
 
