@@ -142,7 +142,8 @@ def _weight(
     grid: _Grid, scheme: Scheme, rows: int, columns: int, read: partial[StoredBlocks], order: torch.Tensor | None
 ) -> PackedWeight:
     form = "fp8" if scheme.type == "float" else f"{'' if grid.zero_point is None else 'u'}int{scheme.bits}"
-    return PackedWeight(describe(form, grid.scale.shape[1], grid.group), form, rows, columns, read, order)
+    name = describe(form, grid.scale.shape[1], grid.group)
+    return PackedWeight(name, form, rows, columns, read, order, scheme.quantizes_inputs)
 
 
 def _used(tensors: StoredTensors, layer: str) -> frozenset[str]:

@@ -40,6 +40,7 @@ class StoredWeight:
     order: torch.Tensor | None = None
     transposed: bool = False
     column_order: None = None
+    rounds_input: bool = False
 
     @property
     def name(self) -> str:
@@ -69,6 +70,7 @@ class PackedWeight:
         format: the name in FORMATS that holds its elements.
         read: the elements, scales and zero points, computed from the tensors of the file.
         column_order: the weight's column at each stored column; None where they are the same.
+        rounds_input: the checkpoint quantizes the layer's input too.
     """
 
     name: str
@@ -77,6 +79,7 @@ class PackedWeight:
     columns: int
     read: Callable[[], StoredBlocks]
     column_order: torch.Tensor | None = None
+    rounds_input: bool = False
     transposed: bool = False
 
     def unpack(self) -> StoredBlocks:

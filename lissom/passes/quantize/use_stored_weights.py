@@ -50,6 +50,8 @@ class UseStoredWeights(Rewrite):
                 f"{edit.program.name} was; load such a directory, and put this pass before those that change weights, or use "
                 f"quantize"
             )
+        if rounded := sum(stored.rounds_input for stored in stored_weights.values()):
+            edit.note(f"the checkpoint quantizes the inputs of {rounded} layers too; here they stay in floating point")
         orders: list[_Order] = []
         for finished, (node, stored) in enumerate(stored_weights.items()):
             edit.report("unpack", finished, len(stored_weights))

@@ -16,6 +16,7 @@ from lissom.frontends.models.huggingface import load
 from lissom.ops.formats import FORMATS, unpack_halves
 from lissom.ops.native import missing_weight_quantized_kernel
 from lissom.ops.weight_quantized_linear import weight_quantized_linear
+from tests.support.harness import step_of
 from tests.support.quantized_checkpoints import change_config, small_config, write_compressed
 
 IDS = torch.arange(3, 15)[None]
@@ -157,6 +158,9 @@ def test_activations_and_caches_stay_in_floating_point(tmp_path: Path) -> None:
         "the checkpoint quantizes the KV cache; here it stays in floating point, unless quantize-cache is a pass",
         "the file stores 14 weights quantized (14 in int8 per channel); use-stored-weights reads them as they are",
     )
+    decoder = lissom.compile_generation(tmp_path, max_length=32, passes="use-stored-weights", goal=None)
+    step = step_of(decoder.report.history, "use-stored-weights")
+    assert "the checkpoint quantizes the inputs of 14 layers too; here they stay in floating point" in step.notes
 
 
 def test_schemes_of_layers(tmp_path: Path) -> None:
