@@ -18,10 +18,12 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 HIDDEN, FEED, VOCABULARY = 64, 96, 80
 
 
-def small_config(kind: str = "llama", *, tied: bool = False, hidden: int = HIDDEN, feed: int = FEED) -> Any:
+def small_config(
+    kind: str = "llama", *, tied: bool = False, hidden: int = HIDDEN, feed: int = FEED, vocabulary: int = VOCABULARY
+) -> Any:
     import transformers
 
-    sizes: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": feed, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    sizes: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": feed, "num_hidden_layers": 2, "vocab_size": vocabulary}
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 16}
     kinds = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}
     ends: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": None}

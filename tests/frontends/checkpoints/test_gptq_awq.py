@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,17 @@ from lissom.frontends.models.huggingface import load
 from lissom.ops.formats import FORMATS, unpack_halves
 from lissom.ops.native import missing_weight_quantized_kernel
 from lissom.ops.weight_quantized_linear import weight_quantized_linear
-from tests.support.quantized_checkpoints import Integers, Written, small_config, write
+from tests.support.quantized_checkpoints import (
+    Integers,
+    Written,
+    change_config,
+    change_tensors,
+    gptq_parts,
+    neighbours,
+    rounded,
+    small_config,
+    write,
+)
 
 aten = torch.ops.aten
 IDS = torch.arange(3, 15)[None]
@@ -133,8 +144,6 @@ def test_notes_count_the_stored_weights(tmp_path: Path) -> None:
 
 def test_rules_of_single_layers(tmp_path: Path) -> None:
     """GPTQModel's `dynamic`: bits and groups of a layer follow from its shapes."""
-    from tests.support.quantized_checkpoints import change_config, change_tensors, gptq_parts, neighbours, rounded
-
     written(tmp_path, "gptq")
     layer = "model.layers.0.mlp.up_proj"
     stored = rounded(np.random.default_rng(0).normal(size=(96, 64)), 8, neighbours(64, 16), symmetric=False)
@@ -147,8 +156,6 @@ def test_rules_of_single_layers(tmp_path: Path) -> None:
 
 
 def test_older_file_of_autogptq(tmp_path: Path) -> None:
-    import json
-
     written(tmp_path, "gptq")
     config = json.loads((tmp_path / "config.json").read_text())
     older = config.pop("quantization_config")

@@ -16,7 +16,17 @@ from lissom.errors import ArtifactError, LissomError, UnsupportedError
 from lissom.frontends.checkpoints.quantized import quantization_config
 from lissom.frontends.checkpoints.stored_weights import stored_form
 from lissom.frontends.models.huggingface import load
-from tests.support.quantized_checkpoints import Written, change_config, change_tensors, small_config, words, write
+from tests.support.quantized_checkpoints import (
+    Written,
+    change_config,
+    change_tensors,
+    gptq_parts,
+    neighbours,
+    rounded,
+    small_config,
+    words,
+    write,
+)
 
 LAYER = "model.layers.0.mlp.up_proj"
 """Of 96 outputs and 64 inputs."""
@@ -323,6 +333,38 @@ def test_generation_config_is_read(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.25, "do_sample": True}))
     model: Any = load(str(tmp_path), with_inputs=False).model
     assert model.generation_config.temperature == 0.25
+
+
+def test_experts_stay_in_floating_point(tmp_path: Path) -> None:
+    """transformers stacks the weights of experts, and a stack of integers is none of the file."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2}
+    config = transformers.Qwen3MoeConfig(vocab_size=80, num_hidden_layers=1, **sizes, **heads)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    plain, quantized = load_file(tmp_path / "model.safetensors"), dict[str, torch.Tensor]()
+    for name, weight in plain.items():
+        if "_proj" not in name:
+            quantized[name] = weight
+            continue
+        stored = rounded(weight.numpy(), 4, neighbours(weight.shape[1], 32), symmetric=True)
+        quantized |= {name.removesuffix("weight") + leaf: part for leaf, part in gptq_parts(stored, 4).items()}
+        plain[name] = torch.from_numpy(stored.values()).float()
+    save_file(plain, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    save_file(quantized, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    change_config(tmp_path, quant_method="gptq", bits=4, group_size=32, desc_act=False, sym=True)
+    checkpoint, ids = load(str(tmp_path), with_inputs=False), torch.arange(3, 15)[None]
+    assert checkpoint.notes == (
+        "12 quantized weights, 'model.layers.0.mlp.experts.0.down_proj.weight' first, are in floating point: the model joins "
+        "or changes them",
+        "the file stores 4 weights quantized (4 in int4 in groups of 32); use-stored-weights reads them as they are",
+    )
+    with torch.no_grad():
+        assert torch.equal(checkpoint.model(ids, use_cache=False).logits, wanted(ids, use_cache=False).logits)
 
 
 def test_saved_decoder_is_plain(tmp_path: Path) -> None:
