@@ -14,7 +14,10 @@ from lissom.frontends.checkpoints.quantized_layers import Settings
 
 _FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "dense", "mixed-precision")
 _STRATEGIES = ("tensor", "channel", "group", "block")
-_LONGEST_PATTERN = 500
+_LONGEST_PATTERN, _MOST_REPEATS = 500, 5
+"""Of a pattern, in characters, and repeats without end: the time that a search takes grows with their power."""
+_REPEAT, _REPEATED_GROUP = re.compile(r"[*+]|\{\d*,\}"), re.compile(r"\)[*+{]")
+_PATTERNS = f"names, classes and re: patterns of up to {_LONGEST_PATTERN} characters and {_MOST_REPEATS} repeats, of no group"
 
 
 @dataclass(frozen=True)
@@ -152,20 +155,24 @@ def _names(file: Path, what: str, values: object) -> list[str]:
     """Names, patterns and classes. Raises UnsupportedError for others."""
     settings = Settings(file, {})
     if not isinstance(values, list):
-        settings.refuse(what, values, "a list of names, re: patterns and classes")
+        settings.refuse(what, values, f"a list of {_PATTERNS}")
     names = [value for value in _items(values) if isinstance(value, str)]
     for value in _items(values):
-        if not isinstance(value, str) or (value.startswith("re:") and not _compiles(value)):
-            settings.refuse(what, value, "names, re: patterns and classes")
+        if not isinstance(value, str) or (value.startswith("re:") and not _is_usable(value)):
+            settings.refuse(what, value, _PATTERNS, "name the layers in config.json")
     return names
 
 
-def _compiles(target: str) -> bool:
+def _is_usable(target: str) -> bool:
+    """True for a pattern that is one, and that is searched for in a short time."""
+    pattern = target.removeprefix("re:")
+    if len(pattern) > _LONGEST_PATTERN or _REPEATED_GROUP.search(pattern) or len(_REPEAT.findall(pattern)) > _MOST_REPEATS:
+        return False
     try:
-        re.compile(target.removeprefix("re:"))
+        re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
         return False
-    return len(target) <= _LONGEST_PATTERN
+    return True
 
 
 def _is_name(target: str, layer: str, _: Sequence[str]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -24,6 +24,8 @@ from lissom.frontends.checkpoints.stored_weights import PackedWeight, keep_store
 METHODS = ("compressed-tensors", "gptq", "awq")
 """The values of quant_method that are read here; transformers reads others, where their packages are installed."""
 _OF_AUTOGPTQ = "quantize_config.json"
+_TRANSPOSED = "Conv1D"
+"""The linear layer of GPT-2, whose weight is [in, out] in the model, and [out, in] like any other in the files."""
 
 
 @dataclass(frozen=True)
@@ -106,22 +108,27 @@ def read_quantized(directory: Path, config: QuantizationConfig, model: nn.Module
     """
     tensors = StoredTensors(directory)
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
+    transposed = {name for name, module in model.named_modules() if type(module).__name__ == _TRANSPOSED}
     values: dict[str, torch.Tensor] = {}
     stored: dict[str, PackedWeight] = {}
     used: set[str] = set()
     scattered: list[str] = []
     for layer, quantized in _layers(tensors, config, model):
         name = f"{layer}.weight"
-        _check_shape(directory, name, quantized, shapes)
         used |= quantized.names
         if quantized.weight is None:
             scattered.append(layer)
             values[name] = cast("torch.Tensor", quantized.values)
         else:
-            stored[name] = quantized.weight
-            values[name] = values_of(quantized.weight.unpack(), quantized.weight.column_order)
+            weight = stored[name] = replace(quantized.weight, transposed=layer in transposed)
+            shape = weight.rows, weight.columns
+            _check_shape(directory, name, shape[::-1] if weight.transposed else shape, shapes)
+            values[name] = values_of(weight.unpack(), weight.column_order)
+        if layer in transposed:
+            values[name] = values[name].T.contiguous()
     for name in tensors:
         if name not in used and name.rpartition(".")[2] not in compressed_tensors.LEAVES:
+            _check_shape(directory, name, tensors.shape(name), shapes)
             values[name] = in_float32(_plain(tensors, name, config))
     return QuantizedState(values, stored, (*_notes(config), *_describe_scattered(scattered)))
 
@@ -133,11 +140,8 @@ def _layers(tensors: StoredTensors, config: QuantizationConfig, model: nn.Module
     return compressed_tensors.quantized_layers(tensors, config.file, config.fields, classes)
 
 
-def _check_shape(directory: Path, name: str, layer: QuantizedLayer, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check a weight against the model's configuration. Raises ArtifactError."""
-    if layer.weight is None:
-        return
-    shape = layer.weight.rows, layer.weight.columns
+def _check_shape(directory: Path, name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check a weight against the model's configuration, before transformers makes one. Raises ArtifactError."""
     if shapes.get(name, shape) != shape:
         raise ArtifactError(f"{directory} has '{name}' in the shape {[*shape]}, and its configuration says {[*shapes[name]]}")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import lissom
+from lissom.frontends.checkpoints.packed_integers import awq_integers, gptq_zero_points
 from lissom.frontends.checkpoints.stored_weights import PackedWeight, stored_form
 from lissom.frontends.models.huggingface import load
 from lissom.ops.formats import FORMATS, unpack_halves
@@ -26,6 +27,9 @@ from tests.support.quantized_checkpoints import (
     rounded,
     small_config,
     write,
+)
+from tests.support.quantized_checkpoints import (
+    words as words_of,
 )
 
 aten = torch.ops.aten
@@ -164,3 +168,23 @@ def test_older_file_of_autogptq(tmp_path: Path) -> None:
     (tmp_path / "quantize_config.json").write_text(json.dumps(older))
     (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-32g.safetensors")
     assert "14 in int4 in groups of 32" in load(str(tmp_path), with_inputs=False).notes[0]
+
+
+def test_awq_as_the_converter_of_compressed_tensors_reads_it() -> None:
+    """Another reader of the same words than ours, by another author."""
+    reason = "another reader of AWQ"
+    autoawq = pytest.importorskip("compressed_tensors.entrypoints.convert.converters.autoawq", reason=reason)
+    words = torch.randint(-(1 << 31), (1 << 31) - 1, (64, 12), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    theirs = autoawq.AutoAWQConverter
+    q, zeros = theirs.reverse_awq_order(*theirs.unpack_awq(words, words[:2], 4), 4)
+    assert torch.equal(awq_integers(words), (q & 15).T.to(torch.uint8))
+    assert torch.equal(awq_integers(words[:2]), (zeros & 15).T.to(torch.uint8))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points_of_gptq_are_one_more(bits: int) -> None:
+    """The words of `gptq` plus one in each place are those of `gptq_v2`."""
+    zero_point = torch.from_numpy(np.random.default_rng(0).integers(1, 1 << bits, (96, 3)))
+    older, newer = (words_of(zero_point.numpy().T - less, bits) for less in (1, 0))
+    assert torch.equal(gptq_zero_points(older, bits, less_one=True), zero_point.to(torch.uint8))
+    assert torch.equal(gptq_zero_points(newer, bits, less_one=False), zero_point.to(torch.uint8))

@@ -20,9 +20,6 @@ from tests.support.quantized_checkpoints import (
     Written,
     change_config,
     change_tensors,
-    gptq_parts,
-    neighbours,
-    rounded,
     small_config,
     words,
     write,
@@ -122,6 +119,12 @@ WRONG: dict[str, tuple[str, Callable[[Path], None], type[LissomError], str]] = {
         ArtifactError,
         f"has scales in '{LAYER}.scales' that are not finite; copy or quantize the model again",
     ),
+    "a table of another shape": (
+        "gptq",
+        lambda folder: change_tensors(folder, model__embed_tokens__weight=torch.zeros(80, 32)),
+        ArtifactError,
+        "has 'model.embed_tokens.weight' in the shape [80, 32], and its configuration says [80, 64]",
+    ),
     "groups that do not exist": (
         "gptq",
         damage(g_idx=torch.full((64,), 7, **INTS)),
@@ -206,10 +209,16 @@ COMPRESSED: dict[str, tuple[Callable[[Path], None], type[LissomError], str]] = {
     "targets of numbers": (
         ask(config_groups={"a": {"targets": [1], "weights": {"num_bits": 4}}}),
         UnsupportedError,
-        "config_groups.a.targets is 1, and Lissom reads names, re: patterns and classes;",
+        "config_groups.a.targets is 1, and Lissom reads names, classes and re: patterns of up to 500 characters",
     ),
-    "a broken pattern": (ask(ignore=["re:("]), UnsupportedError, "ignore is 're:(', and Lissom reads names, re: patterns and"),
+    "a broken pattern": (ask(ignore=["re:("]), UnsupportedError, "ignore is 're:(', and Lissom reads names, classes and re:"),
     "a long pattern": (ask(ignore=["re:" + "a" * 1000]), UnsupportedError, "ignore is 're:aaaaaaaa"),
+    "a slow pattern": (
+        ask(ignore=["re:(.+)+x"]),
+        UnsupportedError,
+        "and Lissom reads names, classes and re: patterns of up to 500 characters and 5 repeats, of no group; name the",
+    ),
+    "many repeats": (ask(ignore=["re:" + ".*" * 6]), UnsupportedError, "ignore is 're:.*.*.*.*.*.*', and Lissom reads names,"),
     "ignored": (
         ask(ignore=["re:.*up_proj"]),
         ArtifactError,
@@ -335,36 +344,13 @@ def test_generation_config_is_read(tmp_path: Path) -> None:
     assert model.generation_config.temperature == 0.25
 
 
-def test_experts_stay_in_floating_point(tmp_path: Path) -> None:
-    """transformers stacks the weights of experts, and a stack of integers is none of the file."""
-    import transformers
-    from safetensors.torch import load_file, save_file
-
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2}
-    config = transformers.Qwen3MoeConfig(vocab_size=80, num_hidden_layers=1, **sizes, **heads)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
-    plain, quantized = load_file(tmp_path / "model.safetensors"), dict[str, torch.Tensor]()
-    for name, weight in plain.items():
-        if "_proj" not in name:
-            quantized[name] = weight
-            continue
-        stored = rounded(weight.numpy(), 4, neighbours(weight.shape[1], 32), symmetric=True)
-        quantized |= {name.removesuffix("weight") + leaf: part for leaf, part in gptq_parts(stored, 4).items()}
-        plain[name] = torch.from_numpy(stored.values()).float()
-    save_file(plain, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    wanted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    save_file(quantized, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    change_config(tmp_path, quant_method="gptq", bits=4, group_size=32, desc_act=False, sym=True)
-    checkpoint, ids = load(str(tmp_path), with_inputs=False), torch.arange(3, 15)[None]
-    assert checkpoint.notes == (
-        "12 quantized weights, 'model.layers.0.mlp.experts.0.down_proj.weight' first, are in floating point: the model joins "
-        "or changes them",
-        "the file stores 4 weights quantized (4 in int4 in groups of 32); use-stored-weights reads them as they are",
-    )
+def test_compile_takes_the_folder(tmp_path: Path) -> None:
+    made, ids = write(tmp_path, "awq", symmetric=False), torch.arange(3, 15)[None]
+    compiled = lissom.compile(str(tmp_path), {"input_ids": ids, "use_cache": False}, passes="use-stored-weights", goal=None)
     with torch.no_grad():
-        assert torch.equal(checkpoint.model(ids, use_cache=False).logits, wanted(ids, use_cache=False).logits)
+        wanted = made.model(ids, use_cache=False).logits
+    # Sums of float32 in another order: 24 bits, logits up to 8.
+    torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_saved_decoder_is_plain(tmp_path: Path) -> None:
