@@ -183,8 +183,12 @@ def test_awq_as_the_converter_of_compressed_tensors_reads_it() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zero_points_of_gptq_are_one_more(bits: int) -> None:
-    """The words of `gptq` plus one in each place are those of `gptq_v2`."""
-    zero_point = torch.from_numpy(np.random.default_rng(0).integers(1, 1 << bits, (96, 3)))
-    older, newer = (words_of(zero_point.numpy().T - less, bits) for less in (1, 0))
+    """GPTQModel writes `gptq` by subtracting one from each place of a word, and a place of 0 borrows from the next."""
+    zero_point = torch.from_numpy(np.random.default_rng(0).integers(0, 1 << bits, (96, 3)))
+    newer = words_of(zero_point.numpy().T, bits)
+    older = newer - sum(1 << place for place in range(0, 32, bits))
     assert torch.equal(gptq_zero_points(older, bits, less_one=True), zero_point.to(torch.uint8))
     assert torch.equal(gptq_zero_points(newer, bits, less_one=False), zero_point.to(torch.uint8))
+    # From 1 on, each place is one less, as AutoGPTQ wrote them.
+    least = zero_point.clamp_min(1)
+    assert torch.equal(gptq_zero_points(words_of(least.numpy().T - 1, bits), bits, less_one=True), least.to(torch.uint8))

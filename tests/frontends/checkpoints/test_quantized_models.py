@@ -53,9 +53,8 @@ def test_transposed_layers_of_gpt2(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     for name in [name for name in state if ".c_" in name and name.endswith("weight")]:
-        stored = rounded(
-            state.pop(name).T.contiguous().numpy(), 4, neighbours(256 if "mlp.c_proj" in name else 64, 32), symmetric=True
-        )
+        weight = state.pop(name).T.contiguous().numpy()
+        stored = rounded(weight, 4, neighbours(weight.shape[1], 32), symmetric=True)
         state |= {name.removesuffix("weight") + leaf: part for leaf, part in gptq_parts(stored, 4).items()}
         with torch.no_grad():
             model.transformer.get_parameter(name.removeprefix("transformer.")).copy_(torch.from_numpy(stored.values()).T)
