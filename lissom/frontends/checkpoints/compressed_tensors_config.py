@@ -63,7 +63,7 @@ class Schemes:
         format = settings.one_of("format", _FORMATS, "the format of compressed-tensors")
         _refuse_others(settings)
         groups = _fields(settings, "config_groups")
-        parts = [(name, _scheme(file, name, group)) for name, group in groups.items()]
+        parts = [(name, _scheme(file, name, group)) for name, group in groups.items() if not _is_for_activations(group)]
         targets = [
             (_names(file, f"config_groups.{name}.targets", _part(groups, name, "targets")), scheme) for name, scheme in parts
         ]
@@ -100,13 +100,18 @@ def _refuse_others(settings: Settings) -> None:
 def _fields(settings: Settings, name: str) -> Mapping[str, object]:
     value = settings.fields.get(name)
     if not isinstance(value, dict) or not value:
-        settings.refuse(name, value, "an object with a scheme for each group")
+        settings.refuse(name, value, "an object with its fields")
     return cast("Mapping[str, object]", value)
 
 
 def _part(groups: Mapping[str, object], name: str, key: str) -> object:
     group = groups[name]
     return cast("Mapping[str, object]", group).get(key) if isinstance(group, dict) else None
+
+
+def _is_for_activations(group: object) -> bool:
+    """True for a group that quantizes no weights."""
+    return isinstance(group, dict) and cast("Mapping[str, object]", group).get("weights") is None
 
 
 def _scheme(file: Path, name: str, group: object) -> Scheme:
@@ -119,13 +124,13 @@ def _scheme(file: Path, name: str, group: object) -> Scheme:
     if fields.get("format") is not None:
         part.one_of("format", _FORMATS, f"the format of '{name}'")
     weights = Settings(file, _fields(part, "weights"))
-    kind = str(weights.one_of("type", ("int", "float"), f"the type of the weights of '{name}'", "int"))
+    kind = weights.one_of("type", ("int", "float"), f"the type of the weights of '{name}'", "int")
     allowed = (8,) if kind == "float" else (4, 8)
-    bits = int(str(weights.one_of("num_bits", allowed, f"the number of bits of '{name}'", 8)))
+    bits = weights.one_of("num_bits", allowed, f"the number of bits of '{name}'", 8)
     group_size, blocks = weights.fields.get("group_size"), weights.fields.get("block_structure")
     implied = "tensor" if group_size is None else "channel" if group_size == -1 else "group"
     given = weights.fields.get("strategy") or implied
-    strategy = str(Settings(file, {"strategy": given}).one_of("strategy", _STRATEGIES, f"the scales of '{name}'"))
+    strategy = Settings(file, {"strategy": given}).one_of("strategy", _STRATEGIES, f"the scales of '{name}'")
     symmetric = weights.fields.get("symmetric", True)
     rows, columns = _block(weights, blocks) if strategy == "block" else (1, None)
     return Scheme(
@@ -141,10 +146,10 @@ def _scheme(file: Path, name: str, group: object) -> Scheme:
 
 def _block(weights: Settings, blocks: object) -> tuple[int, int]:
     """The outputs and inputs of a block."""
-    if isinstance(blocks, list) and len(sizes := [size for size in _items(blocks) if isinstance(size, int) and size > 0]) == 2:
-        return sizes[0], sizes[1]
-    weights.refuse("block_structure", blocks, "two sizes, of outputs and inputs")
-    return 1, 1
+    sizes = [size for size in _items(blocks) if isinstance(size, int) and size > 0] if isinstance(blocks, list) else []
+    if len(sizes) != 2:
+        weights.refuse("block_structure", blocks, "two sizes, of outputs and inputs")
+    return sizes[0], sizes[1]
 
 
 def _items(values: object) -> Iterator[object]:

@@ -75,23 +75,19 @@ def quantized_layers(tensors: StoredTensors, file: Path, fields: Mapping[str, ob
 def _scheme(settings: Settings) -> _Scheme:
     is_awq = settings.fields.get("quant_method") == "awq"
     names = ("version", "format", "checkpoint_format") if is_awq else ("checkpoint_format", "format")
-    given = next((name for name in names if settings.fields.get(name) is not None), names[0])
-    named = Settings(settings.file, {given: _lower(settings.fields.get(given))})
+    given = next((name for name in names if settings.fields.get(name) is not None), None)
+    named = Settings(settings.file, {given: _lower(settings.fields[given])} if given else {})
+    # The words of the configurations of transformers, and what they stand for where they are left out.
     if is_awq:
-        named.one_of(given, ("gemm",), "the layout of AWQ", None if settings.fields.get(given) else "gemm")
-        bits = settings.one_of("bits", (4,), "the number of bits of AWQ", settings.fields.get("w_bit", 4))
-        return _Scheme(True, int(str(bits)), settings.group_size(default=_int_or(settings.fields.get("q_group_size"), 128)))
-    format = named.one_of(given, _GPTQ_FORMATS, "the layout of GPTQ") if settings.fields.get(given) else "gptq"
+        named.one_of(given or names[0], ("gemm",), "the layout of AWQ", "gemm")
+        return _Scheme(True, settings.one_of("bits", (4,), "the number of bits of AWQ", 4), settings.group_size())
+    format = named.one_of(given or names[0], _GPTQ_FORMATS, "the layout of GPTQ", "gptq")
     bits = settings.one_of("bits", _BITS, "the number of bits of GPTQ")
-    return _Scheme(False, int(str(bits)), settings.group_size(), bool(settings.fields.get("dynamic")), format == "gptq")
+    return _Scheme(False, bits, settings.group_size(), bool(settings.fields.get("dynamic")), format == "gptq")
 
 
 def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
-
-
-def _int_or(value: object, default: int) -> int:
-    return value if isinstance(value, int) else default
 
 
 def _layer(tensors: StoredTensors, layer: str, scheme: _Scheme) -> QuantizedLayer:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import torch
 
 from lissom.errors import UnsupportedError
 from lissom.frontends.checkpoints.stored_weights import PackedWeight
 from lissom.io.fields import shown
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -35,23 +38,25 @@ class Settings:
     file: Path
     fields: Mapping[str, object]
 
-    def refuse(self, what: str, found: object, allowed: str, advice: str = "quantize the model again to one of these") -> None:
+    def refuse(
+        self, what: str, found: object, allowed: str, advice: str = "quantize the model again to one of these"
+    ) -> NoReturn:
         """Raise UnsupportedError: the file asks for what is not read."""
         raise UnsupportedError(f"{self.file}: {what} is {shown(found)}, and Lissom reads {allowed}; {advice}")
 
-    def one_of(self, name: str, allowed: Sequence[object], what: str, default: object = None) -> object:
+    def one_of(self, name: str, allowed: Sequence[Value], what: str, default: object = None) -> Value:
         """A field that is one of the allowed values. Raises UnsupportedError for another."""
         value = self.fields.get(name, default)
         if isinstance(value, bool) or value not in allowed:
             self.refuse(f"{what} ({name})", value, " or ".join(map(str, allowed)))
-        return value
+        return allowed[allowed.index(value)]
 
     def group_size(self, name: str = "group_size", default: int = 128) -> int:
         """The number of inputs that share a scale; -1 for all. Raises UnsupportedError for another value."""
         value = self.fields.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not (value == -1 or 0 < value < 1 << 31):
             self.refuse(f"the group size ({name})", value, "a number of inputs, or -1 for all of a layer")
-        return int(str(value))
+        return value
 
 
 def partial_group(directory: Path, layer: str, inputs: int, group: int) -> UnsupportedError:

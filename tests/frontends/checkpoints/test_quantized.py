@@ -200,7 +200,7 @@ COMPRESSED: dict[str, tuple[Callable[[Path], None], type[LissomError], str]] = {
     ),
     "float4": (scheme(type="float"), UnsupportedError, "the number of bits of 'group_0' (num_bits) is 4, and Lissom reads 8;"),
     "packed floats": (scheme(type="float", num_bits=8), ArtifactError, "whose scheme has the type 'float'; copy"),
-    "no groups": (ask(config_groups={}), UnsupportedError, "config_groups is {}, and Lissom reads an object with a scheme"),
+    "no groups": (ask(config_groups={}), UnsupportedError, "config_groups is {}, and Lissom reads an object with its"),
     "group of a list": (
         ask(config_groups={"W4A16": ["Linear"]}),
         UnsupportedError,
@@ -281,6 +281,24 @@ def test_compressed_tensors_without_its_package(tmp_path: Path) -> None:
     model = load(str(tmp_path), with_inputs=False).model
     with torch.no_grad():
         assert torch.equal(model(ids, use_cache=False).logits, made.model(ids, use_cache=False).logits)
+
+
+def test_groups_for_activations_alone_are_left_out(tmp_path: Path) -> None:
+    compressed(tmp_path)
+    groups = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]
+    attention = {"targets": ["LlamaAttention"], "weights": None, "input_activations": {"num_bits": 8}}
+    change_config(tmp_path, config_groups=groups | {"attention": attention})
+    notes = load(str(tmp_path), with_inputs=False).notes
+    assert notes[0] == "the checkpoint quantizes activations too; here they stay in floating point, which is weight-only"
+    assert "14 in int4 in groups of 32" in notes[1]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_fields_that_are_left_out(tmp_path: Path, method: str) -> None:
+    """The layout, and of AWQ the bits, are then those of transformers' configurations."""
+    write(tmp_path, method, symmetric=False)
+    change_config(tmp_path, version=None, checkpoint_format=None, **({"bits": None} if method == "awq" else {}))
+    assert "14 in uint4 in groups of 32" in load(str(tmp_path), with_inputs=False).notes[0]
 
 
 def test_bytes_of_four_bits(tmp_path: Path) -> None:
