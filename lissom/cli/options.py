@@ -48,7 +48,10 @@ SavedOrModel = Annotated[str, typer.Argument(help=f"A directory that --save wrot
 Passes = Annotated[str, typer.Option(help="Pipeline text, for example 'remove-no-ops,raise-attention', or a recipe's name.")]
 DecoderPasses = Annotated[
     str | None,
-    typer.Option(help="Pipeline text, or a recipe's name; by default 'exact', and 'use-stored-weights' for a GGUF file."),
+    typer.Option(
+        help="Pipeline text, or a recipe's name; by default 'exact', and 'use-stored-weights' for a GGUF file or a quantized "
+        "checkpoint."
+    ),
 ]
 Backend = Annotated[str, typer.Option(help="What runs the result.")]
 Device = Annotated[str | None, typer.Option(help="Where the result runs, for example cuda:0; the CPU by default.")]

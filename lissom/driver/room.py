@@ -14,14 +14,16 @@ from lissom.compiler.paging import folder_of_files, is_large, paged
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.driver.options import resolve_passes
 from lissom.errors import UnsupportedError
+from lissom.frontends.checkpoints.stored_weights import PackedWeight, stored_form
 from lissom.ops.block_formats import BLOCK_FORMATS
+from lissom.ops.formats import FORMATS
 from lissom.passes.quantize.quantize import Quantize
 from lissom.passes.quantize.use_stored_weights import UseStoredWeights
 
 _BITS = {"int4": 5.0, "int8": 8.5, "auto": 8.5, "fp8": 8.5} | {form.name: form.bits for form in BLOCK_FORMATS.values()}
 """Bits of a quantized weight, with its scales, by the beginning of a scheme's name."""
 _STORED = 6.5
-"""Bits of a weight as GGUF files store it."""
+"""Bits of a weight as GGUF files store it; those of quantized checkpoints have four or eight, and scales."""
 
 
 @contextmanager
@@ -41,7 +43,7 @@ def from_disk(model: nn.Module, passes: str | Pass | Sequence[Pass]) -> Generato
 def _check_room(model: nn.Module, passes: Sequence[Pass]) -> None:
     """Refuse a model whose result does not fit into the memory, or its weights on the way there on the disk."""
     bits = [_BITS[pass_.scheme.partition("-")[0]] for pass_ in passes if isinstance(pass_, Quantize)]
-    bits += [_STORED for pass_ in passes if isinstance(pass_, UseStoredWeights)]
+    bits += [_stored_bits(model) for pass_ in passes if isinstance(pass_, UseStoredWeights)]
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     held = made = 0.0
     for weight in model.parameters():
@@ -62,6 +64,12 @@ def _check_room(model: nn.Module, passes: Sequence[Pass]) -> None:
             f"compiling takes up to {2 * made / 1e9:.3g} GB of {folder} for a while, and {left / 1e9:.3g} GB are free there; "
             f"set TMPDIR to a folder with more room"
         )
+
+
+def _stored_bits(model: nn.Module) -> float:
+    """Bits of a weight as its file stores it, with its scale: the most of any weight of a quantized checkpoint."""
+    packed = [stored for weight in model.parameters() if isinstance(stored := stored_form(weight), PackedWeight)]
+    return max((FORMATS[stored.format].bits + 0.5 for stored in packed), default=_STORED)
 
 
 def _free_memory() -> float | None:

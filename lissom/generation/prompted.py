@@ -20,7 +20,7 @@ from lissom.compiler.pipeline.options import Goal, check_options
 from lissom.driver.options import resolve_passes
 from lissom.driver.room import from_disk
 from lissom.errors import ArtifactError, UnsupportedError
-from lissom.frontends.checkpoints.gguf import describe_blocks
+from lissom.frontends.checkpoints.stored_weights import describe_stored
 from lissom.frontends.generation.decoder import SHORTEST, longest_text
 from lissom.frontends.generation.encoder_decoder import is_encoder_decoder
 from lissom.frontends.models.huggingface import PACKAGED, find_directory, tokenizer_of
@@ -83,7 +83,7 @@ class Request:
     """The options for compiling and keeping a decoder.
 
     Attributes:
-        passes: None for `exact`, and for a GGUF file `use-stored-weights`.
+        passes: None for `exact`, and for a GGUF file or a quantized checkpoint `use-stored-weights`.
         data: the file of the calibration data.
         keeps: takes a decoder that an earlier call kept, and keeps this one.
         draft: as for `compile_generation`.
@@ -166,11 +166,11 @@ def _slots(model: nn.Module, ids: torch.Tensor) -> int:
 
 
 def _default_passes(source: Source, request: Request, tell: Callable[[str], None]) -> str:
-    """`use-stored-weights` for a model of a GGUF file where the kernels read its weights; else `exact`."""
+    """`use-stored-weights` for a GGUF file or a quantized checkpoint whose weights the kernels read; else `exact`."""
     on_cpu = request.backend == Eager.name and torch.device(request.device or "cpu").type == "cpu"
-    if not on_cpu or missing_weight_quantized_kernel(torch.float32, torch.device("cpu")) or not describe_blocks(source.model):
+    if not on_cpu or missing_weight_quantized_kernel(torch.float32, torch.device("cpu")) or not describe_stored(source.model):
         return "exact"
-    tell("the weights stay as the GGUF file stores them (use-stored-weights); --passes exact computes with float32")
+    tell("the weights stay as the file stores them (use-stored-weights); --passes exact computes with float32")
     return UseStoredWeights.name()
 
 

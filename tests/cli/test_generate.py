@@ -20,6 +20,7 @@ from lissom.frontends.models.sources import Source
 from lissom.ops.native import missing_weight_quantized_kernel
 from tests.support.hostile import seal
 from tests.support.models import seeded
+from tests.support.quantized_checkpoints import small_config, write
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 runner = CliRunner()
@@ -137,10 +138,24 @@ def test_generate_reads_weights_of_gguf_file_as_they_are(decoder, tmp_path, monk
     monkeypatch.setattr("lissom.generation.prompted.load", lambda _, **__: Source(model, {}, (), checkpoint))
     monkeypatch.setattr("lissom.generation.prompted.read_prompt", lambda *_: torch.tensor([[1, 5, 9]]))
     arguments = ["generate", "any", "text", "--max-new-tokens", "4"]
-    told = "the weights stay as the GGUF file stores them (use-stored-weights); --passes exact computes with float32"
+    told = "the weights stay as the file stores them (use-stored-weights); --passes exact computes with float32"
     first, second = runner.invoke(app, arguments), runner.invoke(app, [*arguments, "--passes", "exact"])
     assert told in first.stderr and told not in second.stderr
     assert ways[0] == "use-stored-weights" and first.stdout == second.stdout
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_generate_reads_weights_of_quantized_checkpoint_as_they_are(decoder, tmp_path, method):
+    if missing_weight_quantized_kernel(torch.float32, torch.device("cpu")) is not None:
+        pytest.skip("no kernel for stored integers here")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(decoder)
+    write(tmp_path, method, symmetric=False, config=small_config(vocabulary=max(64, len(tokenizer))))
+    tokenizer.save_pretrained(tmp_path)
+    arguments = ["generate", str(tmp_path), "one two", "--max-new-tokens", "4"]
+    told = "the weights stay as the file stores them (use-stored-weights); --passes exact computes with float32"
+    first, second = runner.invoke(app, arguments), runner.invoke(app, [*arguments, "--passes", "exact"])
+    assert told in first.stderr and told not in second.stderr
+    assert first.exit_code == second.exit_code == 0 and first.stdout == second.stdout
 
 
 def test_generate_calibrates_on_texts(decoder, tmp_path):

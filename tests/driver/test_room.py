@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 from lissom.driver import room
+from lissom.frontends.checkpoints.stored_weights import PackedWeight, keep_stored
+from lissom.ops.gguf_blocks import StoredBlocks
 from lissom.passes.quantize.quantize import Quantize, Scheme
+
+
+def test_stored_weights_take_the_bits_of_their_format() -> None:
+    linear = nn.Linear(4, 4)
+    assert room._stored_bits(linear) == 6.5
+    blocks = StoredBlocks(torch.zeros(4, 4, dtype=torch.int8), torch.ones(4, 1), None, "int8")
+    keep_stored(linear.weight, PackedWeight("int8 per channel", "int8", 4, 4, lambda: blocks))
+    assert room._stored_bits(linear) == 8.5
 
 
 @pytest.mark.parametrize("scheme", ["auto", *(scheme for part in get_args(Scheme) for scheme in get_args(part) or (part,))])

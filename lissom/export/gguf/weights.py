@@ -114,14 +114,15 @@ def read_weights(program: Program, model: nn.Module, norm_offset: float) -> dict
             scale = scale.float() * Dequantize(node).tensor_scale
         whole = q if FORMATS[form].bits == 8 else unpack_halves(q, FORMATS[form])
         stored = StoredBlocks(whole, scale, zero_point[0] if zero_point else None, form)
-        weights[str(stored_as.target).removesuffix(f"_{form}")] = blocks_of(stored) or _floating(stored)
+        order, name = _column_order(program, node), str(stored_as.target).removesuffix(f"_{form}")
+        weights[name] = (blocks_of(stored) or _floating(stored)) if order is None else _floating(stored)[:, order.argsort()]
     for node in program.nodes(torch.ops.aten.rms_norm.default):
         scale = _attribute(nodes.argument(node, "weight"))
         if scale is not None and str(scale.target) not in originals:
             weights[f"{nodes.origin(node).module_path}.weight"] = program.weight(str(scale.target)).detach().cpu() - norm_offset
     for name, weight in weights.items():
         stored = stored_form(originals[name]) if name in originals else None
-        weights[name] = weight if stored is None else _as_in_file(stored, weight) or weight
+        weights[name] = weight if not isinstance(stored, StoredWeight) else _as_in_file(stored, weight) or weight
     return weights
 
 
@@ -135,6 +136,13 @@ def _attribute(node: object) -> fx.Node | None:
 def _constant(program: Program, node: object) -> torch.Tensor | None:
     attribute = _attribute(node)
     return None if attribute is None else program.weight(str(attribute.target)).detach().cpu()
+
+
+def _column_order(program: Program, weight: fx.Node) -> torch.Tensor | None:
+    """The order in which the layer of a dequantized weight reads its input; None where this is the input's own."""
+    inputs = (user.args[0] for user in weight.users if user.target is torch.ops.aten.linear.default)
+    sorted_input = next((x for x in inputs if nodes.is_call(x, torch.ops.aten.index_select.default)), None)
+    return None if sorted_input is None else _constant(program, nodes.argument(sorted_input, "index"))
 
 
 def _floating(stored: StoredBlocks) -> torch.Tensor:

@@ -6,7 +6,6 @@ numbers of the rows in place of the weights, which gives their order.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from lissom.errors import ArtifactError
-from lissom.frontends.checkpoints.stored_weights import StoredWeight, keep_stored, stored_form
+from lissom.frontends.checkpoints.stored_weights import StoredWeight, keep_stored
 from lissom.ops.gguf_blocks import BLOCK_TYPES
 
 
@@ -46,15 +45,6 @@ def keep_blocks(model: nn.Module, file: Path) -> None:
         weight = weights.get(names[tensor.name])
         if order is not None and weight is not None:
             keep_stored(weight, StoredWeight(bytes_[start:end], kind, rows, columns, *order))
-
-
-def describe_blocks(model: nn.Module) -> tuple[str, ...]:
-    """A sentence on the weights that remember their blocks; none where no weight does."""
-    kinds = Counter(stored.kind.name for weight in model.parameters() if (stored := stored_form(weight)) is not None)
-    if not kinds:
-        return ()
-    counts = ", ".join(f"{count} in {name}" for name, count in kinds.most_common())
-    return (f"the file stores {kinds.total()} weights in blocks ({counts}); use-stored-weights reads them as they are",)
 
 
 def _names(model: nn.Module, reader: Any) -> tuple[Mapping[str, str], Any]:

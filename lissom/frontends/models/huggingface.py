@@ -21,8 +21,10 @@ from lissom.compiler.memory import collector_paused
 from lissom.errors import ArtifactError, UnsupportedError, nearest
 from lissom.frontends.capture.failures import first_line
 from lissom.frontends.capture.isolation import exchanged, only_errors
-from lissom.frontends.checkpoints.gguf import describe_blocks, keep_blocks
+from lissom.frontends.checkpoints.gguf import keep_blocks
+from lissom.frontends.checkpoints.quantized import QuantizationConfig, quantization_config, read_quantized
 from lissom.frontends.checkpoints.shards import check_shards
+from lissom.frontends.checkpoints.stored_weights import describe_stored
 from lissom.frontends.models.huggingface_inputs import SENTENCES, encode, make_inputs
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ PACKAGED = {
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 """Options of every `from_pretrained`: no network, and no code of a checkpoint."""
+_CHECKED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Options with which the loader tells which weights are missing, or have other shapes."""
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model"),
@@ -98,7 +102,8 @@ def load(name: str, *, with_inputs: bool = True) -> Checkpoint:
     """The model of a checkpoint directory, or of a package named in `PACKAGED`, on the CPU in evaluation mode.
 
     A directory holds the files of `save_pretrained`, whose weights are mapped, or a single GGUF file, whose weights are
-    dequantized to float32, in files without names, and remember their blocks, for `use-stored-weights`.
+    dequantized to float32, in files without names, and remember their blocks, for `use-stored-weights`. So do the weights of a
+    checkpoint that is quantized by compressed-tensors, GPTQ or AWQ.
 
     Args:
         with_inputs: makes example inputs, for which the model runs.
@@ -114,8 +119,9 @@ def load(name: str, *, with_inputs: bool = True) -> Checkpoint:
             if gguf:
                 model, tokenizer = _load_gguf(directory, gguf)
                 missing: set[str] = set()
+                left: tuple[str, ...] = ()
             else:
-                model, missing = _load_saved(directory)
+                model, missing, left = _load_saved(directory)
                 tokenizer = _load_tokenizer(directory)
         except (ArtifactError, UnsupportedError):
             raise
@@ -126,7 +132,7 @@ def load(name: str, *, with_inputs: bool = True) -> Checkpoint:
             tokenizer = None
         inputs, made = make_inputs(model, tokenizer, directory) if with_inputs else ({}, "")
     notes = [f"the checkpoint has no {', '.join(sorted(missing))}; these weights are random"] if missing else []
-    return Checkpoint(model, tokenizer, inputs, (*notes, *describe_blocks(model), *([made] if made else [])))
+    return Checkpoint(model, tokenizer, inputs, (*notes, *left, *describe_stored(model), *([made] if made else [])))
 
 
 def tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
@@ -201,8 +207,8 @@ def _gguf_file(directory: Path) -> str | None:
     raise ArtifactError(f"{directory} {state}; give a directory written by save_pretrained{advice}")
 
 
-def _load_saved(directory: Path) -> tuple[PreTrainedModel, set[str]]:
-    """The model as `save_pretrained` wrote it, and the names of the missing weights."""
+def _load_saved(directory: Path) -> tuple[PreTrainedModel, set[str], tuple[str, ...]]:
+    """The model as `save_pretrained` wrote it, the names of the missing weights, and sentences on what is not kept."""
     import transformers
 
     fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
@@ -217,11 +223,40 @@ def _load_saved(directory: Path) -> tuple[PreTrainedModel, set[str]]:
     check_shards(directory)
     architectures = fields.get("architectures") or ["AutoModel"]
     model_class = getattr(transformers, architectures[0], transformers.AutoModel)
-    options = {**_LOCAL, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, loading_info = model_class.from_pretrained(directory, **options)
+    quantization = quantization_config(directory, fields)
+    if quantization is not None:
+        return _load_quantized(directory, model_class, quantization)
+    model, loading_info = model_class.from_pretrained(directory, **_LOCAL, **_CHECKED)
+    _check_loaded(directory, loading_info)
+    return model.eval(), set(loading_info["missing_keys"]), ()
+
+
+def _check_loaded(directory: Path, loading_info: dict[str, Any]) -> None:
     for name, stored, wanted in loading_info["mismatched_keys"]:
         raise ArtifactError(f"{directory} has '{name}' in the shape {[*stored]}, and its configuration says {[*wanted]}")
-    return model.eval(), set(loading_info["missing_keys"])
+
+
+def _load_quantized(
+    directory: Path, model_class: Any, quantization: QuantizationConfig
+) -> tuple[PreTrainedModel, set[str], tuple[str, ...]]:
+    """The plain model of a quantized checkpoint in float32, whose weights remember how they are stored."""
+    import transformers
+
+    config: Any = transformers.AutoConfig.from_pretrained(directory, **_LOCAL)
+    for part in (config, getattr(config, "text_config", None)):
+        for name in ("quantization_config", "compression_config"):
+            if hasattr(part, name):
+                delattr(part, name)
+    make = getattr(model_class, "from_config", model_class)
+    with torch.device("meta"):
+        skeleton = make(config)
+    state = read_quantized(directory, quantization, skeleton)
+    options = {"config": config, "state_dict": state.values, "dtype": torch.float32}
+    model, loading_info = type(skeleton).from_pretrained(None, **options, **_CHECKED)
+    _check_loaded(directory, loading_info)
+    if (directory / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return model.eval(), set(loading_info["missing_keys"]), (*state.notes, *state.keep_in(model))
 
 
 def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

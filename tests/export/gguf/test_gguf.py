@@ -5,23 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from typer.testing import CliRunner
 
+import lissom
 from lissom.cli.main import app
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.export.gguf.families import FAMILIES, Sizes, describe, family_of
 from lissom.export.gguf.layers import fit
 from lissom.export.gguf.vocabulary import read_vocabulary
-from lissom.export.gguf.weights import Blocks, blocks_of, joined, padded, with_rows
+from lissom.export.gguf.weights import Blocks, blocks_of, joined, padded, read_weights, with_rows
 from lissom.export.gguf.writer import encoded
+from lissom.frontends.models.huggingface import load
 from lissom.ops.formats import FORMATS, dequantize, quantize, scale_for
 from lissom.ops.gguf_blocks import StoredBlocks
 from lissom.ops.quantization import fake_quantize
 from tests.support.gguf_models import byte_fallback, byte_level, decoder, optimized, save_checkpoint
 from tests.support.models import normal
+from tests.support.quantized_checkpoints import write
 
 gguf = pytest.importorskip("gguf")
 
@@ -45,6 +49,21 @@ def test_integers_with_float16_scales_are_written_to_the_bit(format, kind, group
     read = torch.from_numpy(gguf.dequantize(found.data.numpy(), gguf.GGMLQuantizationType[kind]))
     assert torch.equal(read, dequantize(stored.q, stored.scale, None, torch.float32))
     assert torch.equal(found.value(), read)
+
+
+def test_columns_in_the_order_of_groups_are_written_in_the_order_of_inputs(tmp_path):
+    """Of a GPTQ checkpoint with desc_act, whose layers read their input sorted."""
+
+    def groups(columns, group):
+        return np.random.default_rng(columns).permutation(np.arange(columns) // group)
+
+    made = write(tmp_path, "gptq", scattered=groups)
+    model = load(str(tmp_path), with_inputs=False).model
+    inputs = {"input_ids": torch.arange(3, 15)[None], "use_cache": False}
+    program = lissom.optimize(model, inputs, passes="use-stored-weights").program
+    weights = read_weights(program, model, 0.0)
+    for layer in made.layers:
+        assert torch.equal(weights[f"{layer}.weight"], made.model.get_parameter(f"{layer}.weight").detach()), layer
 
 
 def test_other_scales_are_rounded_to_float16():

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lissom.errors import ArtifactError
-from lissom.frontends.checkpoints.gguf import describe_blocks, keep_blocks
-from lissom.frontends.checkpoints.stored_weights import stored_form
+from lissom.frontends.checkpoints.gguf import keep_blocks
+from lissom.frontends.checkpoints.stored_weights import describe_stored, stored_form
 from tests.support import captures
 
 gguf_files = pytest.importorskip("tests.support.gguf_files")
@@ -44,7 +44,7 @@ def test_every_weight_has_the_values_of_its_blocks(file: Path) -> None:
             assert torch.equal(item.unpack().dequantize(slice(None)), weight.detach()), name
             # Llama's rotary embedding turns other pairs of features than llama.cpp's.
             assert (item.order is not None) == name.endswith(("q_proj.weight", "k_proj.weight")), name
-    assert describe_blocks(model) == (
+    assert describe_stored(model) == (
         "the file stores 16 weights in blocks (4 in Q6_K, 2 in Q4_K, 2 in Q5_0, 2 in Q8_0, 2 in Q5_K, 2 in Q4_1, 2 in Q4_0); "
         "use-stored-weights reads them as they are",
     )
@@ -52,13 +52,13 @@ def test_every_weight_has_the_values_of_its_blocks(file: Path) -> None:
 
 def test_program_remembers_blocks_and_copy_of_model_does_not(file: Path) -> None:
     model = read(file)
-    assert describe_blocks(model) == ()
+    assert describe_stored(model) == ()
     keep_blocks(model, file)
     program = captures.optimize(model, INPUTS, checks="structural").program
     names = [name for name, weight in program.weights().items() if stored_form(weight)]
     assert len(names) == 16
     assert not any(stored_form(weight) for weight in program.own_copy().weights().values())
-    assert describe_blocks(copy.deepcopy(model)) == ()
+    assert describe_stored(copy.deepcopy(model)) == ()
 
 
 def test_a_transposed_weight_is_found(tmp_path: Path) -> None:

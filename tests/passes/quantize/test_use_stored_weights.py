@@ -137,8 +137,8 @@ def test_other_models_are_refused() -> None:
     with pytest.raises(RequirementError) as caught:
         captures.optimize(nn.Sequential(nn.Linear(4, 4)), normal(2, 4), passes="use-stored-weights")
     assert str(caught.value) == (
-        "use-stored-weights needs a model that was read from a GGUF file, and no weight of Sequential was; load a directory "
-        "with a GGUF file, and put this pass before those that change weights, or use quantize"
+        "use-stored-weights needs a model that was read from a GGUF file or a quantized checkpoint, and no weight of "
+        "Sequential was; load such a directory, and put this pass before those that change weights, or use quantize"
     )
 
 
