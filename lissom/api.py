@@ -44,7 +44,8 @@ def compile(
         example_inputs: a tuple holds positional arguments, a mapping keyword arguments, a tensor is the only argument. Models
             of Sentence Transformers take texts, here and as data, and have a default, and so has a checkpoint.
         passes: pipeline text, pass objects, or a recipe's name, run in the order written. The recipe `exact` brings every model
-            into canonical form and always comes first.
+            into canonical form and always comes first. By default `exact`; for the folder of a GGUF file or of a quantized
+            checkpoint `use-stored-weights`, if it runs on a CPU.
         backend: the backend that runs the result: a name, or an object with options, `lissom.OnnxRuntime(threads=2)`;
             `lissom.backends.BACKENDS` lists them. `fastest` builds every backend, times each on the example inputs, and keeps
             the fastest.

@@ -32,7 +32,7 @@ _FORMS = "a tuple is positional, a mapping is keywords, a tensor the only argume
 class PassSettings:
     """The options of a run of passes."""
 
-    passes: str | Pass | Sequence[Pass] = "exact"
+    passes: str | Pass | Sequence[Pass] | None = None
     device: str | torch.device | None = None
     checks: Checks = "numeric"
     data: Iterable[Inputs] = ()
@@ -104,8 +104,8 @@ def check_settings(settings: BuildSettings) -> tuple[list[Pass], Sequence[Backen
     return passes, backends
 
 
-def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
-    """The passes to run: the recipe `exact`, then those asked for. A text may name recipes among its passes.
+def resolve_passes(passes: str | Pass | Iterable[Pass] | None) -> list[Pass]:
+    """The passes to run: the recipe `exact`, then those asked for, if any. A text may name recipes among its passes.
 
     `eliminate-dead` is added after each pass that leaves dead units, and `exact` after the last of these.
 
@@ -115,7 +115,9 @@ def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
     """
     table = known_passes()
     exact = parse_pipeline(RECIPES["exact"], table)
-    if isinstance(passes, str):
+    if passes is None:
+        wanted = exact
+    elif isinstance(passes, str):
         wanted = parse_pipeline(passes, table, RECIPES)
     elif isinstance(passes, Pass):
         wanted = [passes]

@@ -8,15 +8,19 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from lissom.backends.base import Backend
+from lissom.backends.eager.backend import Eager
 from lissom.compiler.paging import folder_of_files, is_large, paged
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.driver.options import resolve_passes
 from lissom.errors import UnsupportedError
-from lissom.frontends.checkpoints.stored_weights import PackedWeight, stored_form
+from lissom.frontends.checkpoints.stored_weights import PackedWeight, describe_stored, stored_form
 from lissom.ops.block_formats import BLOCK_FORMATS
 from lissom.ops.formats import FORMATS
+from lissom.ops.native import missing_weight_quantized_kernel
 from lissom.passes.quantize.quantize import Quantize
 from lissom.passes.quantize.use_stored_weights import UseStoredWeights
 
@@ -26,8 +30,19 @@ _STORED = 6.5
 """Bits of a weight as GGUF files store it; those of quantized checkpoints have four or eight, and scales."""
 
 
+def default_passes(model: nn.Module, backend: str | Backend, device: str | torch.device | None) -> str:
+    """The passes for a model that was loaded for this alone, where none are given.
+
+    `use-stored-weights` for a GGUF file or a quantized checkpoint whose weights the kernels read; `exact` otherwise.
+    """
+    on_cpu = backend == Eager.name and torch.device(device or "cpu").type == "cpu"
+    if not on_cpu or missing_weight_quantized_kernel(torch.float32, torch.device("cpu")) or not describe_stored(model):
+        return "exact"
+    return UseStoredWeights.name()
+
+
 @contextmanager
-def from_disk(model: nn.Module, passes: str | Pass | Sequence[Pass]) -> Generator[None]:
+def from_disk(model: nn.Module, passes: str | Pass | Sequence[Pass] | None) -> Generator[None]:
     """Compile a model from the disk inside the block, if it is large, and was loaded for this alone.
 
     Raises:

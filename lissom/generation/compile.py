@@ -22,7 +22,7 @@ from lissom.compiler.pipeline.pass_kinds import Pass, Training
 from lissom.driver.compile import compile_captured, with_facts
 from lissom.driver.keywords import keywords_of
 from lissom.driver.options import LABELS, BuildSettings, Inputs, check_choices, check_settings, resolve_passes
-from lissom.driver.room import from_disk
+from lissom.driver.room import default_passes, from_disk
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.capture.device import check_device, device_of
 from lissom.frontends.capture.export import Capture
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from lissom.generation.model import GenerationModel
 
 Made = TypeVar("Made")
+Options = TypeVar("Options", bound=BuildSettings)
 
 
 @keywords_of(GenerationSettings)
@@ -96,16 +97,18 @@ def compile_generation(model: nn.Module | str | Path, settings: GenerationSettin
         >>> decoder.step(torch.tensor([[1, 2, 3]])).shape
         torch.Size([1, 50])
     """
-    return with_model(model, settings.passes, partial(_compile, settings=settings))
+    return with_model(model, settings, _compile)
 
 
-def with_model(model: nn.Module | str | Path, passes: str | Pass | Sequence[Pass], make: Callable[[nn.Module], Made]) -> Made:
+def with_model(model: nn.Module | str | Path, settings: Options, make: Callable[[nn.Module, Options], Made]) -> Made:
     """What `make` makes of a model. One that is given by its name or folder is loaded, and compiled from the disk if large."""
     if not isinstance(model, (str, Path)):
-        return make(model)
+        return make(model, settings)
     loaded = load(str(model), with_inputs=False).model
-    with from_disk(loaded, passes):
-        return make(loaded)
+    if settings.passes is None:
+        settings = replace(settings, passes=default_passes(loaded, settings.backend, settings.device))
+    with from_disk(loaded, settings.passes):
+        return make(loaded, settings)
 
 
 def _compile(model: nn.Module, settings: GenerationSettings) -> GenerationModel:
@@ -213,7 +216,7 @@ def model_of(parts: Parts) -> GenerationModel:
 
 
 def _scored(
-    take: Callable[[], Capture], score: Scorer, settings: BuildSettings, passes: str | Pass | Sequence[Pass]
+    take: Callable[[], Capture], score: Scorer, settings: BuildSettings, passes: str | Pass | Sequence[Pass] | None
 ) -> tuple[Callable[[], Capture], BuildSettings]:
     """The capture and the settings for a metric: all passes leave all positions in the program where it reads them.
 
@@ -227,7 +230,7 @@ def _scored(
     return lambda: captured, replace(settings, passes=with_recipe(passes, scored=score.reads_all or bool(settings.data)))
 
 
-def with_recipe(passes: str | Pass | Sequence[Pass], *, scored: bool = False) -> list[Pass]:
+def with_recipe(passes: str | Pass | Sequence[Pass] | None, *, scored: bool = False) -> list[Pass]:
     """The recipe `generation`, then the requested passes without the canonical form.
 
     The part of it that drops all tokens but the last comes after the last pass that trains, which learns from all tokens; after

@@ -75,7 +75,7 @@ def compile_pool(model: nn.Module | str | Path, settings: PoolSettings) -> Poole
         >>> [len(answer) for answer in decoder.generate([[1, 2, 3], [4, 5]], max_new_tokens=4)]
         [4, 4]
     """
-    return with_model(model, settings.passes, partial(_compile, settings=settings))
+    return with_model(model, settings, _compile)
 
 
 def _compile(model: nn.Module, settings: PoolSettings) -> PooledDecoder:

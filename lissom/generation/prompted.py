@@ -14,13 +14,11 @@ from lissom.artifacts.artifact import NO_TRUST, Trust
 from lissom.artifacts.pruned_tokenizer import tokenizer_of_program
 from lissom.artifacts.signature import TrustedKeys, key_files
 from lissom.backends.distributed.backend import Distributed
-from lissom.backends.eager.backend import Eager
 from lissom.compiler.memory import collector_paused
 from lissom.compiler.pipeline.options import Goal, check_options
 from lissom.driver.options import resolve_passes
-from lissom.driver.room import from_disk
+from lissom.driver.room import default_passes, from_disk
 from lissom.errors import ArtifactError, UnsupportedError
-from lissom.frontends.checkpoints.stored_weights import describe_stored
 from lissom.frontends.generation.decoder import SHORTEST, longest_text
 from lissom.frontends.generation.encoder_decoder import is_encoder_decoder
 from lissom.frontends.models.huggingface import PACKAGED, find_directory, tokenizer_of
@@ -31,7 +29,6 @@ from lissom.generation.configured import ConfiguredDecoder
 from lissom.generation.directory import is_saved
 from lissom.generation.draft_programs import draft_to_load
 from lissom.generation.stream import read_prompt
-from lissom.ops.native import missing_weight_quantized_kernel
 from lissom.passes.prune.prune_vocabulary.prune_vocabulary import PruneVocabulary
 from lissom.passes.quantize.use_stored_weights import UseStoredWeights
 
@@ -166,12 +163,11 @@ def _slots(model: nn.Module, ids: torch.Tensor) -> int:
 
 
 def _default_passes(source: Source, request: Request, tell: Callable[[str], None]) -> str:
-    """`use-stored-weights` for a GGUF file or a quantized checkpoint whose weights the kernels read; else `exact`."""
-    on_cpu = request.backend == Eager.name and torch.device(request.device or "cpu").type == "cpu"
-    if not on_cpu or missing_weight_quantized_kernel(torch.float32, torch.device("cpu")) or not describe_stored(source.model):
-        return "exact"
-    tell("the weights stay as the file stores them (use-stored-weights); --passes exact computes with float32")
-    return UseStoredWeights.name()
+    """The passes where none are given; what is unusual of them is told."""
+    passes = default_passes(source.model, request.backend, request.device)
+    if passes == UseStoredWeights.name():
+        tell("the weights stay as the file stores them (use-stored-weights); --passes exact computes with float32")
+    return passes
 
 
 def _place(model: str, request: Request) -> Path | None:

@@ -129,7 +129,7 @@ COMPILES: dict[str, Refusal] = {
     "checks": (UnsupportedError, "checks='all' is not known", lambda: compile_(checks="all")),
     "progress": (UnsupportedError, "progress= is 1; give a callable", lambda: compile_(progress=1)),
     "device": (UnsupportedError, "device 1.5 is not known", lambda: compile_(device=1.5)),
-    "passes": (UnsupportedError, "passes= is None;", lambda: compile_(passes=None)),
+    "passes": (UnsupportedError, "passes= is 0;", lambda: compile_(passes=0)),
     "backend": (UnsupportedError, "backend= is 1; give a name", lambda: compile_(backend=1)),
     "world_size": (UnsupportedError, "world_size= is '2';", lambda: compile_(world_size="2", backend="distributed")),
     "data a tensor": (InputError, "data= is a Tensor; give a list of batches", lambda: compile_(data=IDS)),

@@ -97,7 +97,7 @@ def _with_tokenizer(model: _Model, program: Program) -> _Model:
     return model
 
 
-def _with_packing(passes: str | Pass | Sequence[Pass]) -> list[Pass]:
+def _with_packing(passes: str | Pass | Sequence[Pass] | None) -> list[Pass]:
     """The passes with `pack-tokens` at the end, or before the first `linear-attention`, whose results it does not follow."""
     resolved = resolve_passes(passes)
     if not any(isinstance(pass_, PackTokens) for pass_ in resolved):

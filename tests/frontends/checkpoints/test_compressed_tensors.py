@@ -137,7 +137,7 @@ def test_stored_integers_are_in_the_program(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["int4, zero points", "int4, odd sizes", "int4, table too", "int8, W8A8", "fp8"])
 def test_decoder_runs_stored_integers(tmp_path: Path, name: str) -> None:
     written(tmp_path, name)
-    decoder = lissom.compile_generation(tmp_path, max_length=32, passes="use-stored-weights", goal=None)
+    decoder = lissom.compile_generation(tmp_path, max_length=32, goal=None)
     if missing_weight_quantized_kernel(torch.float32, torch.device("cpu")) is None:
         assert len(decoder.program.nodes(weight_quantized_linear)) >= 8
     model = of_package(tmp_path) if "table" in name else of_transformers(tmp_path)

@@ -96,7 +96,7 @@ def test_stored_integers_are_in_the_program(tmp_path: Path, name: str) -> None:
 )
 def test_decoder_runs_stored_integers(tmp_path: Path, name: str) -> None:
     made = written(tmp_path, name)
-    decoder = lissom.compile_generation(tmp_path, max_length=32, passes="use-stored-weights", goal=None)
+    decoder = lissom.compile_generation(tmp_path, max_length=32, goal=None)
     if missing_weight_quantized_kernel(torch.float32, torch.device("cpu")) is None:
         kernels = decoder.program.nodes(weight_quantized_linear)
         packed = {"int4", "uint4"} if "8 bits" not in name else {"uint8", "int8"}

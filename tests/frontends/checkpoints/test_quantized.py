@@ -364,7 +364,7 @@ def test_generation_config_is_read(tmp_path: Path) -> None:
 
 def test_compile_takes_the_folder(tmp_path: Path) -> None:
     made, ids = write(tmp_path, "awq", symmetric=False), torch.arange(3, 15)[None]
-    compiled = lissom.compile(str(tmp_path), {"input_ids": ids, "use_cache": False}, passes="use-stored-weights", goal=None)
+    compiled = lissom.compile(str(tmp_path), {"input_ids": ids, "use_cache": False}, goal=None)
     with torch.no_grad():
         wanted = made.model(ids, use_cache=False).logits
     # Sums of float32 in another order: 24 bits, logits up to 8.
