@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lissom.errors import LissomError
     from lissom.frontends.onnx.model import from_onnx
     from lissom.generation.compile import compile_generation, load_generation
-    from lissom.generation.compile_pool import compile_pool
+    from lissom.generation.compile_pool import compile_pool, load_pool
     from lissom.inspect.svg.step import draw
     from lissom.integrations.transformers.pruned_tokenizer import pruned_tokenizer
     from lissom.passes.sites import sites
@@ -44,6 +44,7 @@ __all__ = [
     "from_onnx",
     "load",
     "load_generation",
+    "load_pool",
     "optimize",
     "pruned_tokenizer",
     "sites",
@@ -67,6 +68,7 @@ _HOMES = {
     "from_onnx": "lissom.frontends.onnx.model",
     "load": "lissom.runtime.compiled_model",
     "load_generation": "lissom.generation.compile",
+    "load_pool": "lissom.generation.compile_pool",
     "optimize": "lissom.api",
     "sites": "lissom.passes.sites",
     "tune": "lissom.tuning.tuned",

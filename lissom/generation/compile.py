@@ -193,14 +193,19 @@ def load_generation(
 
 
 def read_decoder(
-    directory: str | Path, device: str | torch.device | None, trust: Trust, backend: str | Backend | None = None
+    directory: str | Path,
+    device: str | torch.device | None,
+    trust: Trust,
+    backend: str | Backend | None = None,
+    *,
+    pooled: bool = False,
 ) -> Parts:
-    """The parts of the decoder that `save` wrote. Errors as of `load_generation`."""
+    """The parts of the decoder that `save` wrote, one for several texts if `pooled`. Errors as of `load_generation`."""
     try:
         from lissom.generation.saved import read
     except ImportError as error:
         raise UnsupportedError("generation needs transformers: pip install 'lissom[demo]'") from error
-    return read(check_path(directory), device, backend, trust)
+    return read(check_path(directory), device, backend, trust, pooled=pooled)
 
 
 def model_of(parts: Parts) -> GenerationModel:

@@ -1,4 +1,4 @@
-"""Compile a causal language model for several texts of unlike length in one program."""
+"""Compile a causal language model for several texts of unlike length in one program, and load a compiled one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from lissom.artifacts.artifact import Trust
 from lissom.artifacts.pruned_tokenizer import configs_of
+from lissom.artifacts.signature import TrustedKeys, key_files
+from lissom.backends.base import Backend
 from lissom.backends.distributed.backend import Distributed
 from lissom.driver.compile import compile_captured, with_facts
 from lissom.driver.keywords import keywords_of
@@ -21,8 +24,9 @@ from lissom.frontends.capture.device import check_device, device_of
 from lissom.frontends.generation.decoder import check_capacity
 from lissom.frontends.generation.pool import INPUTS, PAGE, capture_pool, text_inputs
 from lissom.frontends.models.adapters import with_merged_adapters
-from lissom.generation.compile import with_model, with_recipe
+from lissom.generation.compile import read_decoder, with_model, with_recipe
 from lissom.generation.decoder import rows_of
+from lissom.generation.directory import PoolSizes
 from lissom.runtime.hosted_model import check_uncompiled
 
 if TYPE_CHECKING:
@@ -78,6 +82,39 @@ def compile_pool(model: nn.Module | str | Path, settings: PoolSettings) -> Poole
     return with_model(model, settings, _compile)
 
 
+def load_pool(
+    directory: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    backend: str | Backend | None = None,
+    allow_native: bool = False,
+    trusted_keys: TrustedKeys | None = None,
+    map_weights: bool = True,
+) -> PooledDecoder:
+    """The decoder that `PooledDecoder.save` wrote, its weights mapped from the file. Arguments as for `load`.
+
+    Raises:
+        ArtifactError: if the directory holds no decoder for several texts, was changed or damaged, or does not run here.
+        UnsupportedError: for a missing device or package.
+
+    Examples:
+        >>> import tempfile, torch, lissom
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> folder = tempfile.mkdtemp() + "/pool"
+        >>> lissom.compile_pool(LlamaForCausalLM(config), max_length=32, sequences=2).save(folder)
+        >>> len(lissom.load_pool(folder).generate([[1, 2, 3], [4, 5]], max_new_tokens=4))
+        2
+    """
+    trust = Trust(allow_native, key_files(trusted_keys), map_weights)
+    parts = read_decoder(directory, device, trust, backend, pooled=True)
+    from lissom.generation.pool import PooledDecoder
+
+    return PooledDecoder.of(parts)
+
+
 def _compile(model: nn.Module, settings: PoolSettings) -> PooledDecoder:
     check_uncompiled(model)
     check_choices(settings)
@@ -103,7 +140,7 @@ def _compile(model: nn.Module, settings: PoolSettings) -> PooledDecoder:
     )
     from lissom.generation.pool import PooledDecoder
 
-    return PooledDecoder(compiled, *configs_of(model, compiled.program), max_length, sequences)
+    return PooledDecoder(compiled, *configs_of(model, compiled.program), PoolSizes(max_length, sequences))
 
 
 def _texts(batches: Sequence[torch.Tensor | Mapping[str, object]], max_length: int, slots: int) -> list[Inputs]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,18 @@ ENCODER = "encoder.lissom"
 """The file of an encoder-decoder that holds the artifact of its encoder."""
 DRAFT = "draft.lissom"
 """The file that holds the artifact of a draft decoder."""
+POOL = "pool.json"
+"""The file with the sizes of a decoder for several texts, which only such a decoder has."""
 PROPOSER = "draft.json"
 """The file with the name of a proposer that is no decoder, as `{"draft": "prompt-lookup"}`."""
+
+
+@dataclass(frozen=True)
+class PoolSizes:
+    """What the program of a `PooledDecoder` does not say of it."""
+
+    max_length: int
+    sequences: int
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,7 @@ class Parts:
     Attributes:
         encoder: None for a model without one.
         draft: the program of a draft decoder, or the name of another proposer; None without a draft.
+        pool: the sizes of a decoder for several texts; None for others.
     """
 
     compiled: CompiledModel
@@ -46,6 +57,7 @@ class Parts:
     generation_config: GenerationConfig
     encoder: CompiledModel | None = None
     draft: CompiledModel | str | None = None
+    pool: PoolSizes | None = None
 
 
 def save(parts: Parts, directory: Path, tokenizer: PreTrainedTokenizerBase | None, processor: Saveable | None = None) -> None:
@@ -66,6 +78,8 @@ def save(parts: Parts, directory: Path, tokenizer: PreTrainedTokenizerBase | Non
         parts.generation_config.to_json_file(folder / GENERATION)
         if parts.encoder is not None:
             pack(parts.encoder.save, folder / ENCODER)
+        if parts.pool is not None:
+            (folder / POOL).write_text(json.dumps(asdict(parts.pool)), encoding="utf-8")
         if isinstance(parts.draft, str):
             (folder / PROPOSER).write_text(json.dumps({"draft": parts.draft}), encoding="utf-8")
         elif parts.draft is not None:

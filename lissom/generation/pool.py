@@ -7,20 +7,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lissom.artifacts.model_files import Saveable
 from lissom.compiler.ir.types import fixed
 from lissom.errors import InputError
 from lissom.generation.batching import Batching, Text
 from lissom.generation.decoder import vocabulary_size
+from lissom.generation.directory import Parts, PoolSizes, save
 from lissom.generation.sampling import Sampling
 from lissom.generation.slots import Region, Slots
 from lissom.inspect.report import Report
+from lissom.io.files import check_path
 from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import FixedModule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-    from transformers import GenerationConfig, PreTrainedConfig
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 
 class PooledDecoder(FixedModule):
@@ -56,13 +60,12 @@ class PooledDecoder(FixedModule):
         compiled: CompiledModel,
         config: PreTrainedConfig,
         generation_config: GenerationConfig,
-        max_length: int,
-        sequences: int,
+        sizes: PoolSizes,
     ) -> None:
         super().__init__(compiled.program)
         self.compiled = compiled
         self.config, self.generation_config = config, generation_config
-        self.max_length, self.sequences = max_length, sequences
+        self.max_length, self.sequences = sizes.max_length, sizes.sequences
         (self.slots,) = map(fixed, compiled.program.signature.tensors[3].type.shape)
         self.vocabulary = vocabulary_size(compiled.program)
         self._key_positions = torch.zeros(self.slots, dtype=torch.int64, device=self.device)
@@ -75,6 +78,25 @@ class PooledDecoder(FixedModule):
     @property
     def backend(self) -> str:
         return self.compiled.backend
+
+    def save(
+        self,
+        directory: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        processor: Saveable | None = None,
+    ) -> None:
+        """Write a directory that `lissom.load_pool` reads: the program, and the model's configuration as JSON.
+
+        Arguments and errors as of `GenerationModel.save`.
+        """
+        sizes = PoolSizes(self.max_length, self.sequences)
+        save(Parts(self.compiled, self.config, self.generation_config, pool=sizes), check_path(directory), tokenizer, processor)
+
+    @classmethod
+    def of(cls, parts: Parts) -> PooledDecoder:
+        """The decoder of these parts."""
+        assert parts.pool is not None
+        return cls(parts.compiled, parts.config, parts.generation_config, parts.pool)
 
     @property
     def waiting(self) -> int:

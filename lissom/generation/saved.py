@@ -19,19 +19,33 @@ from lissom.artifacts.manifest import Content
 from lissom.artifacts.model_files import CONFIG, original_fields
 from lissom.artifacts.packed import load_packed
 from lissom.backends.base import Backend
+from lissom.compiler.ir.program import Program
 from lissom.errors import ArtifactError
 from lissom.frontends.capture.device import check_device
 from lissom.frontends.capture.failures import first_line
-from lissom.generation.directory import DRAFT, ENCODER, GENERATION, PROPOSER, Parts, is_former, is_saved
+from lissom.frontends.generation.decoder import SHORTEST
+from lissom.frontends.generation.pool import INPUTS as POOL_INPUTS
+from lissom.generation.directory import DRAFT, ENCODER, GENERATION, POOL, PROPOSER, Parts, PoolSizes, is_former, is_saved
 from lissom.generation.proposers import PROMPT_LOOKUP
-from lissom.io.fields import parse_json, shown
+from lissom.io.fields import check_fields, count, parse_json, shown, take
 from lissom.runtime.compiled_model import CompiledModel, compiled_from
 
 Made = TypeVar("Made")
 
 
-def read(directory: Path, device: str | torch.device | None, backend: str | Backend | None, trust: Trust) -> Parts:
-    """The parts of the decoder in the directory. Raises ArtifactError, UnsupportedError."""
+def read(
+    directory: Path,
+    device: str | torch.device | None,
+    backend: str | Backend | None,
+    trust: Trust,
+    *,
+    pooled: bool = False,
+) -> Parts:
+    """The parts of the decoder in the directory. Raises ArtifactError, UnsupportedError.
+
+    Args:
+        pooled: whether it must be one for several texts, or must not.
+    """
     if is_former(directory):
         raise ArtifactError(
             f"'{directory}' was saved by an earlier Lissom, without hashes of its configuration; "
@@ -39,6 +53,9 @@ def read(directory: Path, device: str | torch.device | None, backend: str | Back
         )
     if not is_saved(directory):
         raise ArtifactError(f"'{directory}' holds no saved decoder; name a directory that its save wrote")
+    if pooled != (directory / POOL).is_file():
+        held, function = ("one text at a time", "load_generation") if pooled else ("several texts", "load_pool")
+        raise ArtifactError(f"'{directory}' holds a decoder for {held}; load it with lissom.{function}")
     rank_files.check_ranks(directory, f"generate {directory} PROMPT", trust)
     loaded = rank_files.load(directory, check_device(device), backend, trust)
     for note in loaded.notes:
@@ -57,7 +74,20 @@ def read(directory: Path, device: str | torch.device | None, backend: str | Back
         return load_packed(directory / name, lambda folder: compiled_from(read_folder(folder)), loaded.files[name])
 
     named = _read(directory / PROPOSER, loaded.files, _proposer) if PROPOSER in loaded.files else None
-    return Parts(compiled_from(loaded), config, generation, packed(ENCODER), named or packed(DRAFT))
+    sizes = _read(directory / POOL, loaded.files, partial(_pool_sizes, program=loaded.program)) if pooled else None
+    return Parts(compiled_from(loaded), config, generation, packed(ENCODER), named or packed(DRAFT), sizes)
+
+
+def _pool_sizes(fields: dict[str, Any], program: Program) -> PoolSizes:
+    """The sizes in a file `pool.json`, if the program is one for several texts and has them."""
+    check_fields(fields, PoolSizes)
+    sizes = PoolSizes(count(take(fields, "max_length", int)), count(take(fields, "sequences", int)))
+    if tuple(tensor.path for tensor in program.signature.tensors) != POOL_INPUTS:
+        raise ValueError(f"the program does not take {', '.join(POOL_INPUTS)}")
+    (slots,) = program.signature.tensors[3].type.shape
+    if not isinstance(slots, int) or not (SHORTEST <= sizes.max_length <= slots and 1 <= sizes.sequences <= slots):
+        raise ValueError(f"a pool of {slots} slots has no texts of {sizes.max_length} tokens, {sizes.sequences} at once")
+    return sizes
 
 
 def _proposer(fields: dict[str, Any]) -> str:
@@ -89,5 +119,5 @@ def _read(path: Path, files: Mapping[str, Content], make: Callable[[dict[str, An
     # The errors transformers raises for values of a wrong type.
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ArtifactError(
-            f"'{path}' holds a configuration transformers cannot read: {first_line(error)}; save the decoder again"
+            f"'{path}' holds what cannot be read: {first_line(error)}; save the decoder again"
         ) from error

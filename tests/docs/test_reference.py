@@ -25,6 +25,7 @@ SLOW = {
     "lissom.tuning.generation.tune_generation",
     "lissom.backends.onnxruntime.backend.OnnxRuntime",
     "lissom.generation.compile.load_generation",
+    "lissom.generation.compile_pool.load_pool",
     "lissom.generation.decoder.Decoder",
     "lissom.generation.model.GenerationModel",
     "lissom.generation.encoder_decoder.EncoderDecoderModel",
