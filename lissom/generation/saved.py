@@ -118,6 +118,4 @@ def _read(path: Path, files: Mapping[str, Content], make: Callable[[dict[str, An
         return make(fields)
     # The errors transformers raises for values of a wrong type.
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise ArtifactError(
-            f"'{path}' holds what cannot be read: {first_line(error)}; save the decoder again"
-        ) from error
+        raise ArtifactError(f"'{path}' holds what cannot be read: {first_line(error)}; save the decoder again") from error

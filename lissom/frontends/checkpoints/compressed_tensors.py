@@ -24,10 +24,15 @@ import torch
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.frontends.checkpoints.compressed_tensors_config import Scheme, Schemes
 from lissom.frontends.checkpoints.packed_integers import WORD, as_stored, column_order, exact_scale, unpack_words
-from lissom.frontends.checkpoints.quantized_layers import QuantizedLayer, describe, partial_group
+from lissom.frontends.checkpoints.quantized_layers import (
+    QuantizedLayer,
+    describe,
+    group_of_inputs,
+    partial_group,
+    scattered_values,
+)
 from lissom.frontends.checkpoints.stored_tensors import FLOATS, StoredTensors
 from lissom.frontends.checkpoints.stored_weights import PackedWeight
-from lissom.ops.formats import dequantize
 from lissom.ops.gguf_blocks import StoredBlocks
 
 LEAVES = (
@@ -105,14 +110,13 @@ def _packed(tensors: StoredTensors, layer: str, scheme: Scheme) -> QuantizedLaye
     tensors.check(packed, ("I32",), [wanted], f"a weight of {bits} bits")
     grid = _grid(tensors, layer, scheme, rows, columns)
     words = tensors.tensor(packed)
-    group_of = _group_of(tensors, layer, columns, grid)
-    order = None if group_of is None else column_order(group_of, grid.scale.shape[1])
+    groups = grid.scale.shape[1]
+    group_of = group_of_inputs(tensors, f"{layer}.weight_g_idx", columns, groups, grid.group)
+    order = None if group_of is None else column_order(group_of, groups)
     read = partial(_read_packed, words, grid, bits, columns, order)
     used = _used(tensors, layer)
     if group_of is not None and order is None:
-        whole = _read_packed(words, grid, bits, columns, None)
-        zero_point = None if whole.zero_point is None else whole.zero_point[:, group_of]
-        return QuantizedLayer(used, None, dequantize(whole.q, whole.scale[:, group_of], zero_point, torch.float32))
+        return QuantizedLayer(used, None, scattered_values(_read_packed(words, grid, bits, columns, None), group_of))
     return QuantizedLayer(used, _weight(grid, scheme, rows, columns, read, order))
 
 
@@ -186,25 +190,6 @@ def _by_row(values: torch.Tensor, scheme: Scheme, rows: int) -> torch.Tensor:
     if scheme.strategy == "block":
         return values.repeat_interleave(scheme.block_rows, 0)[:rows].contiguous()
     return values.contiguous()
-
-
-def _group_of(tensors: StoredTensors, layer: str, columns: int, grid: _Grid) -> torch.Tensor | None:
-    """The group of each input; None where groups are of neighbours. Raises ArtifactError for groups that do not exist."""
-    name, groups = f"{layer}.weight_g_idx", grid.scale.shape[1]
-    if name not in tensors:
-        return None
-    tensors.check(name, ("I32", "I64"), [(columns,)], f"the order of {columns} inputs")
-    group_of = tensors.tensor(name).long()
-    # The library marks an order that is not used by -1.
-    if bool((group_of == -1).all()) or bool((group_of == torch.arange(columns) // grid.group).all()):
-        return None
-    low, high = (int(end) for end in group_of.aminmax())
-    if low < 0 or high >= groups:
-        raise ArtifactError(
-            f"{tensors.directory} names the groups {low} to {high} in '{name}', and there are {groups}, from 0; "
-            f"copy the checkpoint again"
-        )
-    return group_of
 
 
 def _read_packed(words: torch.Tensor, grid: _Grid, bits: int, columns: int, order: torch.Tensor | None) -> StoredBlocks:

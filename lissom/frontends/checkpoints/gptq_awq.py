@@ -25,10 +25,16 @@ from lissom.frontends.checkpoints.packed_integers import (
     gptq_zero_points,
     unpack_words,
 )
-from lissom.frontends.checkpoints.quantized_layers import QuantizedLayer, Settings, describe, partial_group
+from lissom.frontends.checkpoints.quantized_layers import (
+    QuantizedLayer,
+    Settings,
+    describe,
+    group_of_inputs,
+    partial_group,
+    scattered_values,
+)
 from lissom.frontends.checkpoints.stored_tensors import FLOATS, StoredTensors
 from lissom.frontends.checkpoints.stored_weights import PackedWeight
-from lissom.ops.formats import dequantize
 from lissom.ops.gguf_blocks import StoredBlocks
 
 _GPTQ_FORMATS = ("gptq", "gptq_v2")
@@ -111,12 +117,12 @@ def _layer(tensors: StoredTensors, layer: str, scheme: _Scheme) -> QuantizedLaye
     zero_point = awq_integers(zeros) if scheme.is_awq else gptq_zero_points(zeros, bits, less_one=scheme.less_one)
     scale = exact_scale(tensors.finite(names["scales"]).T)
     words = tensors.tensor(names["qweight"])
-    group_of = _group_of(tensors, names["g_idx"], columns, groups, group)
+    group_of = group_of_inputs(tensors, names["g_idx"], columns, groups, group)
     order = None if group_of is None else column_order(group_of, groups)
     read = partial(_read, words, scale, zero_point, bits, order, is_awq=scheme.is_awq)
     if group_of is not None and order is None:
         whole = partial(_read, words, scale, zero_point, bits, None, is_awq=scheme.is_awq)
-        return QuantizedLayer(used, None, _scattered(whole(), group_of))
+        return QuantizedLayer(used, None, scattered_values(whole(), group_of))
     is_signed = bool((zero_point == 1 << (bits - 1)).all())
     form = f"{'' if is_signed else 'u'}int{bits}"
     return QuantizedLayer(used, PackedWeight(describe(form, groups, group), form, rows, columns, read, order))
@@ -153,32 +159,9 @@ def _group(directory: Path, layer: str, columns: int, groups: int, scheme: _Sche
     return wanted
 
 
-def _group_of(tensors: StoredTensors, name: str, columns: int, groups: int, group: int) -> torch.Tensor | None:
-    """The group of each input; None where groups are of neighbours. Raises ArtifactError for groups that do not exist."""
-    if name not in tensors or tensors.shape(name) == (0,):
-        return None
-    tensors.check(name, ("I32", "I64"), [(columns,)], f"the order of {columns} inputs")
-    group_of = tensors.tensor(name).long()
-    if bool((group_of == torch.arange(columns) // group).all()):
-        return None
-    low, high = (int(end) for end in group_of.aminmax())
-    if low < 0 or high >= groups:
-        raise ArtifactError(
-            f"{tensors.directory} names the groups {low} to {high} in '{name}', and there are {groups}, from 0; "
-            f"copy the checkpoint again"
-        )
-    return group_of
-
-
 def _read(
     words: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int, order: torch.Tensor | None, *, is_awq: bool
 ) -> StoredBlocks:
     """The integers, scales and zero points, their columns sorted by group."""
     q = awq_integers(words) if is_awq else unpack_words(words.T, bits)
     return as_stored(q if order is None else q[:, order], scale, zero_point, bits)
-
-
-def _scattered(stored: StoredBlocks, group_of: torch.Tensor) -> torch.Tensor:
-    """The weight in float32, where groups are of different sizes."""
-    zero_point = None if stored.zero_point is None else stored.zero_point[:, group_of]
-    return dequantize(stored.q, stored.scale[:, group_of], zero_point, torch.float32)

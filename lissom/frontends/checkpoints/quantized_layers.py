@@ -9,9 +9,12 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from lissom.errors import UnsupportedError
+from lissom.errors import ArtifactError, UnsupportedError
+from lissom.frontends.checkpoints.stored_tensors import StoredTensors
 from lissom.frontends.checkpoints.stored_weights import PackedWeight
 from lissom.io.fields import shown
+from lissom.ops.formats import dequantize
+from lissom.ops.gguf_blocks import StoredBlocks
 
 Value = TypeVar("Value")
 
@@ -70,3 +73,38 @@ def partial_group(directory: Path, layer: str, inputs: int, group: int) -> Unsup
 def describe(format: str, groups: int, group: int) -> str:
     """How a weight is stored: `int4 in groups of 128`, `int8 per channel`."""
     return f"{format} per channel" if groups == 1 else f"{format} in groups of {group}"
+
+
+def group_of_inputs(tensors: StoredTensors, name: str, columns: int, groups: int, group: int) -> torch.Tensor | None:
+    """The group of each input, [columns]; None where groups are of neighbours.
+
+    Args:
+        name: of a tensor with these groups, which may be missing, empty, or -1 everywhere where it is not used.
+        group: the inputs of a scale.
+
+    Raises:
+        ArtifactError: for groups that do not exist.
+    """
+    if name not in tensors or tensors.shape(name) == (0,):
+        return None
+    tensors.check(name, ("I32", "I64"), [(columns,)], f"the order of {columns} inputs")
+    group_of = tensors.tensor(name).long()
+    if bool((group_of == -1).all()) or bool((group_of == torch.arange(columns) // group).all()):
+        return None
+    low, high = (int(end) for end in group_of.aminmax())
+    if low < 0 or high >= groups:
+        raise ArtifactError(
+            f"{tensors.directory} names the groups {low} to {high} in '{name}', and there are {groups}, from 0; "
+            f"copy the checkpoint again"
+        )
+    return group_of
+
+
+def scattered_values(stored: StoredBlocks, group_of: torch.Tensor) -> torch.Tensor:
+    """A weight in float32, whose groups are of different sizes.
+
+    Args:
+        group_of: the group of each input, [columns].
+    """
+    zero_point = None if stored.zero_point is None else stored.zero_point[:, group_of]
+    return dequantize(stored.q, stored.scale[:, group_of], zero_point, torch.float32)
