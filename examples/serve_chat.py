@@ -654,6 +654,7 @@ class Server:
         lines.append("# TYPE chat_tokens_total counter")
         lines += [f'chat_tokens_total{{kind="{kind}"}} {driver.tokens[kind]}' for kind in ("prompt", "completion")]
         sizes = {"open_requests": self.open, "running_texts": decoder.running, "queue_texts": decoder.waiting}
+        sizes["reserved_slots"] = decoder.reserved
         for name, value in sizes.items():
             lines += [f"# TYPE chat_{name} gauge", f"chat_{name} {value}"]
         for name, histogram in {"first_token": driver.first, "between_tokens": driver.between}.items():

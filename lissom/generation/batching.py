@@ -94,7 +94,8 @@ class Text:
             return
         self.ids.append(token)
         self.new.append(token)
-        self.is_finished = len(self.ids) == self.end
+        if len(self.ids) == self.end:  # nothing else: another thread may have cancelled the text meanwhile
+            self.is_finished = True
 
 
 class Batching:
@@ -118,6 +119,12 @@ class Batching:
     def running(self) -> int:
         """Texts that are read or answered."""
         return sum(not text.is_finished for text in self._running)
+
+    @property
+    def reserved(self) -> int:
+        """Slots of texts that are read or answered."""
+        with self._lock:
+            return self._slots.reserved
 
     def submit(self, text: Text) -> Text:
         """Add a text, which is answered as soon as there is room."""

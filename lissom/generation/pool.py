@@ -108,6 +108,11 @@ class PooledDecoder(FixedModule):
         """Texts that are read or answered."""
         return self._batching.running
 
+    @property
+    def reserved(self) -> int:
+        """Slots of texts that are read or answered, without those of shared prompts."""
+        return self._batching.reserved
+
     def generate(
         self, prompts: Sequence[torch.Tensor | Sequence[int]], max_new_tokens: int, sampling: Sampling | None = None
     ) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ order wherever a sequence is.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -66,6 +67,12 @@ class Slots:
         self.count = count
         self._regions: list[Region] = []
         self._counter = 0
+
+    @property
+    def reserved(self) -> int:
+        """Slots of sequences that have not ended, without those they share."""
+        readers = Counter(region.source for region in self._regions if region.source is not None)
+        return sum(region.size for region in self._regions if region.users > readers[region])
 
     def take(self, prompt: Sequence[int], most: int) -> Region | None:
         """A region for a sequence of at most `most` tokens that begins with a prompt; None while there is no room.

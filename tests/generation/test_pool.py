@@ -13,6 +13,7 @@ import torch
 import lissom
 from lissom.errors import InputError, UnsupportedError
 from lissom.generation import batching
+from lissom.generation.batching import Text
 from lissom.generation.pool import PooledDecoder
 from lissom.generation.sampling import Sampling
 from tests.support.decoders import VOCABULARY, decoder
@@ -148,13 +149,30 @@ def test_a_submitted_text_is_cancelled() -> None:
     found, (first, second, *more) = pool("llama"), texts(5, 9, 4, 4, 4, 4, seed=9)
     submitted = [found.submit(prompt, NEW, GREEDY) for prompt in (first, second, *more)]
     found.step()
+    assert found.reserved == 5 * 16  # pages of 16 slots for texts of 15, 19, 14 and 14 tokens
     found.cancel(submitted[0])  # one that runs, and one that waits
     found.cancel(submitted[-1])
     while found.step():
         pass
-    assert (found.waiting, found.running, len(submitted[-1].new)) == (0, 0, 0)
+    assert (found.waiting, found.running, found.reserved, len(submitted[-1].new)) == (0, 0, 0, 0)
     assert [list(text.new) for text in submitted[1:-1]] == [alone("llama")(prompt) for prompt in (second, *more[:-1])]
     assert len(submitted[0].new) < NEW
+
+
+def test_a_text_that_is_cancelled_while_its_token_is_chosen_ends() -> None:
+    """The cancel of another thread comes between a call and the end of the choice."""
+    found, given = pool("llama"), list[Text]()
+
+    def cancel(text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if text.shape[1] == 6:
+            found.cancel(given[0])
+        return logits
+
+    given.append(found.submit(texts(5)[0], NEW, Sampling(process=cancel)))
+    calls = 0
+    while found.step():
+        calls += 1
+    assert (calls, given[0].is_finished, found.running) == (1, True, 0)
 
 
 def test_what_a_processor_raises_ends_its_text_alone() -> None:

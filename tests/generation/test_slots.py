@@ -49,8 +49,10 @@ def test_a_region_that_another_reads_is_kept() -> None:
     slots.release(first)
     second = slots.take(prompt, 2 * PAGE)
     assert second is not None and second.source is first
+    assert slots.reserved == second.size == PAGE  # the first is idle, though the second reads it
     assert slots.take([3], 2 * PAGE) is None  # one page is left
     slots.release(second)
+    assert slots.reserved == 0
     assert slots.take([3], 4 * PAGE) is not None
 
 
