@@ -47,6 +47,7 @@ import lissom
 from lissom.errors import InputError
 from lissom.frontends.models.huggingface import find_directory, tokenizer_of
 from lissom.generation.batching import Text
+from lissom.generation.directory import is_saved
 from lissom.generation.pool import PooledDecoder
 from lissom.generation.sampling import Sampling
 
@@ -803,8 +804,10 @@ def configure(
 def main() -> None:
     """Compile the model and serve it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", nargs="?", default="gemma3-270m", help="'gemma3-270m', or the folder of a checkpoint")
-    parser.add_argument("--passes", default="exact", help="a pipeline or a recipe")
+    parser.add_argument(
+        "model", nargs="?", default="gemma3-270m", help="'gemma3-270m', the folder of a checkpoint, or of a saved decoder"
+    )
+    parser.add_argument("--passes", help="a pipeline or a recipe")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8001)
     parser.add_argument("--sequences", type=int, default=8, help="texts that are computed together")
@@ -813,13 +816,16 @@ def main() -> None:
     parser.add_argument("--queue", type=int, default=Limits.queue, help="texts that may wait")
     options = parser.parse_args()
     tokenizer = tokenizer_of(find_directory(options.model))
-    decoder = lissom.compile_pool(
-        options.model,
-        max_length=options.max_length,
-        sequences=options.sequences,
-        slots=options.slots,
-        passes=options.passes,
-    )
+    if is_saved(options.model):
+        decoder = lissom.load_pool(options.model)
+    else:
+        decoder = lissom.compile_pool(
+            options.model,
+            max_length=options.max_length,
+            sequences=options.sequences,
+            slots=options.slots,
+            passes=options.passes,
+        )
     limits = Limits(queue=options.queue)
     name = Path(options.model).name
     uvicorn.Server(configure(decoder, tokenizer, name, limits, options.host, options.port)).run()
