@@ -66,8 +66,8 @@ def _check_file(file: Path, format: str, dtype: str | None) -> Dtype | None:
         return None
     if file.suffix != ".gguf":
         raise typer.BadParameter(
-            f"lissom export writes GGUF files, named something.gguf, and not '{file.name}'; --format compressed-tensors writes a "
-            f"directory"
+            f"lissom export writes GGUF files, named something.gguf, and not '{file.name}'; --format compressed-tensors writes "
+            f"a directory"
         )
     check_writable(file)
     return check_dtype(dtype)

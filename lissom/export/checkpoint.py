@@ -105,8 +105,8 @@ def plain_model(weights: Mapping[str, torch.Tensor], program: Program, model: Pr
     made.tie_weights()
     if getattr(model, "generation_config", None) is not None:
         made.generation_config = copy.deepcopy(renumbered_config(model.generation_config, program))
-    widths = getattr(exact.config, _WIDTH, None), getattr(fitted.config, _WIDTH, None)
-    return PlainModel(made, names, None if widths[0] == widths[1] else widths)
+    widths = (int(getattr(exact.config, _WIDTH)), int(getattr(fitted.config, _WIDTH))) if fitted is not exact else None
+    return PlainModel(made, names, widths)
 
 
 def kept_layers(used: Collection[str], model: PreTrainedModel) -> tuple[dict[str, str], PretrainedConfig]:

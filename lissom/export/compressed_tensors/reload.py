@@ -135,7 +135,7 @@ def arguments_of(program: Program, model: nn.Module, example: Sample) -> tuple[d
 
 def hash_of(weight: torch.Tensor) -> str:
     """SHA-256 of the bytes of a tensor."""
-    return hashlib.sha256(memoryview(weight.detach().contiguous().view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(weight.detach().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def _answer(request: Request) -> None:

@@ -21,6 +21,7 @@ from torch import fx
 
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.calls import Dequantize, Embedding
 from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError
 from lissom.export.quantized_weights import QuantizedWeight
@@ -66,9 +67,10 @@ class LayerScheme:
     def fields(self) -> dict[str, object]:
         """The group of the format, without its targets."""
         weights = self.weights
-        fields = {"num_bits": weights.bits, "type": weights.type, "strategy": weights.strategy}
+        fields: dict[str, object] = {"num_bits": weights.bits, "type": weights.type, "strategy": weights.strategy}
         fields |= {"symmetric": weights.symmetric, "group_size": weights.group}
-        return {"weights": fields} | ({} if self.inputs is None else {"input_activations": self.inputs.fields()})
+        inputs: dict[str, object] = {} if self.inputs is None else {"input_activations": self.inputs.fields()}
+        return {"weights": fields, **inputs}
 
     @property
     def has_packed_zero_points(self) -> bool:
@@ -121,6 +123,7 @@ def layers_of(program: Program, weights: Iterable[QuantizedWeight]) -> dict[str,
         by_name[weight.name].append(weight)
     layers: dict[str, Layer] = {}
     for name, reads in by_name.items():
+        _check_readers(reads)
         # A table that is looked up and multiplied comes twice.
         products = [user for read in reads for user in read.node.users if user.target is aten.linear.default]
         inputs = {_inputs(product) for product in products} or {None}
@@ -179,6 +182,18 @@ def check_fused(schemes: Mapping[str, LayerScheme], modules: Sequence[str]) -> N
             raise UnsupportedError(
                 f"'{second}' is in {two} and '{first}' in {one}, and vLLM makes one layer of them, which has one scheme; "
                 f"choose the same in schemes= for {', '.join(family)}"
+            )
+
+
+def _check_readers(reads: Sequence[QuantizedWeight]) -> None:
+    """Refuse weights of other layers than `nn.Linear`, such as the transposed ones of GPT-2. Raises UnsupportedError."""
+    for read in reads:
+        is_row = Embedding.of(Dequantize(read.node).q) is not None
+        other = next((user for user in read.node.users if user.target is not aten.linear.default), None)
+        if other is not None and not is_row:
+            raise UnsupportedError(
+                f"'{read.name}' is read by '{other.name}', and compressed-tensors quantizes the weights of nn.Linear alone; leave "
+                f"it out by skip="
             )
 
 

@@ -239,7 +239,7 @@ def _checked_rounding(loaded: Reloaded, program: Program, unrounded: Program, ex
     if not error <= _ROUNDINGS * effect + tolerance_of(program):
         raise UnsupportedError(
             f"transformers rounds the inputs of layers of {program.name} otherwise: its outputs differ by {error:.2g} "
-            f"relative, and rounding inputs changes them by {effect:.2g}; leave activations in floating point, scheme=int8-weight"
+            f"relative, and rounding inputs changes them by {effect:.2g}; leave them in floating point, scheme=int8-weight"
         )
     return error
 
