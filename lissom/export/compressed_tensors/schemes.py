@@ -192,8 +192,8 @@ def _check_readers(reads: Sequence[QuantizedWeight]) -> None:
         other = next((user for user in read.node.users if user.target is not aten.linear.default), None)
         if other is not None and not is_row:
             raise UnsupportedError(
-                f"'{read.name}' is read by '{other.name}', and compressed-tensors quantizes the weights of nn.Linear alone; leave "
-                f"it out by skip="
+                f"'{read.name}' is read by '{other.name}', and compressed-tensors quantizes the weights of nn.Linear alone; "
+                f"leave it out by skip="
             )
 
 

@@ -64,7 +64,7 @@ class Case:
         return any(scheme.startswith("uint") and "inputs" not in scheme for scheme in self.schemes)
 
 
-WIDE = {"hidden": 128, "feed": 128}
+WIDE = {"hidden": 256, "feed": 256}
 CASES = {
     "int4": Case("quantize{scheme=int4-weight,symmetric=true}", {"int4 in groups of 32": 14}, {}),
     "int4, groups of 128": Case(
@@ -163,7 +163,7 @@ def test_transformers_computes_the_program_in_a_fresh_process(exported, tmp_path
     assert isinstance(program, torch.Tensor)
     if case.rounds_inputs:
         # Rounded by two libraries: x / scale + zero_point in one step here, in two there. On these 24 tokens few values are
-        # near the middle of two integers; each changes the logits of its token by a part of the step of 8 bits, 1/255 of the range.
+        # near the middle of two integers; each changes its token's logits by a part of a step, 1/255 of the range.
         torch.testing.assert_close(logits, program, atol=0.02 * float(program.abs().max()), rtol=0)
         assert any("outputs differ by" in note for note in written.notes)
     elif case.dtype == torch.bfloat16:
@@ -303,7 +303,7 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "mxfp8": ("is in fp8 with scales in float8_e8m0fnu", refused("quantize{scheme=mxfp8-weight}")),
     "mxfp4": ("is in fp4 with scales in float8_e8m0fnu", refused("quantize{scheme=mxfp4-weight}")),
     "fused layers": (
-        "q_proj' is in uint4 in groups of 32 and 'model.layers.0.self_attn.k_proj' in int8 per channel, and vLLM makes one layer",
+        "q_proj' is in uint4 in groups of 32 and 'model.layers.0.self_attn.k_proj' in int8 per channel, and vLLM makes one",
         refused('quantize{scheme=int8-weight,schemes="*q_proj=int4-weight"}'),
     ),
     "fused, one not quantized": (
