@@ -18,6 +18,7 @@ from lissom.driver.keywords import TextModel, keywords_of
 from lissom.driver.options import Inputs, OptimizeSettings, Settings
 from lissom.errors import UnsupportedError
 from lissom.export.checkpoint import save_checkpoint
+from lissom.export.compressed_tensors.writer import CompressedCheckpoint, write_compressed
 from lissom.export.gguf.writer import Dtype, GgufFile, write_gguf
 from lissom.frontends.models.adapters import with_merged_adapters
 from lissom.inspect.report import Report
@@ -128,6 +129,31 @@ class Optimized:
         model = self._transformers_model("checkpoint", tokenizer)
         tokenizer = self._own_tokenizer("a checkpoint", tokenizer, model)
         save_checkpoint(self.program, model, self._example, check_path(directory), tokenizer, processor)
+
+    def save_compressed(
+        self, directory: str | Path, *, tokenizer: Saveable | None = None, processor: Saveable | None = None
+    ) -> CompressedCheckpoint:
+        """Write a quantized model as a checkpoint of compressed-tensors, which transformers and vLLM load.
+
+        The checkpoint has the program's integers in int4, int8 or fp8, and schemes by layer. transformers loads it in a fresh
+        process before it is written: the weights have to be the program's bit for bit, and the outputs are compared. The
+        directory is written completely or not at all, and must be new or empty.
+
+        Args:
+            tokenizer: as for `CompiledModel.save`.
+            processor: as for `CompiledModel.save`.
+
+        Returns:
+            The schemes of the layers, the relative error of the outputs, and notes on what was not compared.
+
+        Raises:
+            UnsupportedError: if the model is not one of transformers, the format cannot say the program, or compressed-tensors
+                is not installed.
+            ArtifactError: if it cannot be written.
+        """
+        model = self._transformers_model("checkpoint", tokenizer)
+        tokenizer = self._own_tokenizer("a checkpoint", tokenizer, model)
+        return write_compressed(self.program, model, self._example, check_path(directory), tokenizer, processor)
 
     def export_gguf(self, path: str | Path, *, tokenizer: Saveable | None = None, dtype: Dtype | None = None) -> GgufFile:
         """Write a decoder as a GGUF file, which llama.cpp runs: weights, sizes of every layer, and the vocabulary.

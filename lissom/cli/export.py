@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from lissom import api
+from lissom.artifacts.directory import check_new
 from lissom.cli.options import Checks, Data, MaxDrop, MetricName, Model, Passes, Quality
 from lissom.compiler.pipeline.options import check_options
 from lissom.driver.options import resolve_passes
 from lissom.driver.torchrun import refuse_torchrun
-from lissom.export.gguf.writer import check_dtype
+from lissom.export.gguf.writer import Dtype, check_dtype
 from lissom.frontends.capture.device import check_device
 from lissom.frontends.models.sources import load
 from lissom.inspect.terminal import Terminal
@@ -23,22 +24,23 @@ console = Terminal()
 
 def run_export(
     model: Model,
-    file: Annotated[Path, typer.Argument(help="The file to write; its name ends in .gguf.")],
+    file: Annotated[Path, typer.Argument(help="The file to write, whose name ends in .gguf, or the directory.")],
+    format: Annotated[
+        Literal["gguf", "compressed-tensors"], typer.Option(help="gguf: a file for llama.cpp; compressed-tensors: a directory.")
+    ] = "gguf",
     passes: Passes = "exact",
     dtype: Annotated[
-        str | None, typer.Option(help="Of matrices in floating point: f32, f16 or bf16; the program's own by default.")
+        str | None,
+        typer.Option(help="Of a GGUF file's matrices in floating point: f32, f16 or bf16; the program's own by default."),
     ] = None,
     checks: Checks = "numeric",
     data: Data = None,
     metric: MetricName = None,
     max_drop: MaxDrop = None,
 ) -> None:
-    """Write a decoder after the passes as a GGUF file, which llama.cpp runs."""
+    """Write a model after the passes for another runtime: llama.cpp, or transformers and vLLM."""
     refuse_torchrun("export")
-    if file.suffix != ".gguf":
-        raise typer.BadParameter(f"lissom export writes GGUF files, named something.gguf, and not '{file.name}'")
-    check_writable(file)
-    chosen = check_dtype(dtype)
+    chosen = _check_file(file, format, dtype)
     pipeline, quality = resolve_passes(passes), Quality(data, metric, max_drop)
     quality.check()
     source = load(model)
@@ -49,7 +51,23 @@ def run_export(
         checks=check_options(checks),
         **quality.arguments(source, check_device(None)),
     )
-    written = optimized.export_gguf(file, dtype=chosen)
+    written = optimized.export_gguf(file, dtype=chosen) if format == "gguf" else optimized.save_compressed(file)
     for note in source.notes:
         Terminal(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
     console.print(f"{file}: {written}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _check_file(file: Path, format: str, dtype: str | None) -> Dtype | None:
+    """The dtype of a GGUF file, after checking what is written. Raises ArtifactError."""
+    if format != "gguf":
+        if dtype is not None:
+            raise typer.BadParameter(f"--dtype is for GGUF files, and --format is {format}; use cast{{dtype=bf16}} in --passes")
+        check_new(file)
+        return None
+    if file.suffix != ".gguf":
+        raise typer.BadParameter(
+            f"lissom export writes GGUF files, named something.gguf, and not '{file.name}'; --format compressed-tensors writes "
+            f"a directory"
+        )
+    check_writable(file)
+    return check_dtype(dtype)

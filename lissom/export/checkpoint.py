@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 Shapes = dict[str, tuple[int, ...]]
 _LAYER = re.compile(r"\.(\d+)\.")
+_WIDTH = "intermediate_size"
+"""The field of a configuration with the width of the feed-forward."""
 _ADVICE = "CompiledModel.save writes it with its program, for lissom.load"
 
 
@@ -58,16 +60,7 @@ def save_checkpoint(
         ArtifactError: if the directory exists, or cannot be written.
     """
     check_new(directory)
-    names, config = kept_layers(program.weights(), model)
-    config = renumbered_config(config, program)
-    weights = {names[name]: weight.detach() for name, weight in program.weights().items() if name in names}
-    fitted = _fit(model, config, {name: tuple(weight.shape) for name, weight in weights.items()})
-    state = _state(model, fitted, weights, {new: old for old, new in names.items()})
-    made: Any = type(model)(copy.deepcopy(fitted.config))
-    made.load_state_dict(state, assign=True, strict=False)
-    made.tie_weights()
-    if getattr(model, "generation_config", None) is not None:
-        made.generation_config = copy.deepcopy(renumbered_config(model.generation_config, program))
+    made = plain_model(program.weights(), program, model).model
 
     def write(folder: Path) -> None:
         made.save_pretrained(folder)
@@ -75,6 +68,45 @@ def save_checkpoint(
         write_processors(folder, str(model.config._name_or_path) or None, tokenizer, processor)
 
     write_directory(directory, write)
+
+
+@dataclass(frozen=True)
+class PlainModel:
+    """A model of transformers with the weights of a program.
+
+    Attributes:
+        names: the model's name for each weight of the original model that stays.
+        padded: the former and the new width of the feed-forward; None where it is as it was.
+    """
+
+    model: Any
+    names: Mapping[str, str]
+    padded: tuple[int, int] | None = None
+
+
+def plain_model(weights: Mapping[str, torch.Tensor], program: Program, model: PreTrainedModel, multiple: int = 1) -> PlainModel:
+    """A model of the same class with these weights, and a configuration that says what was removed.
+
+    Args:
+        weights: of the program, by the original model's names; others are ignored.
+        multiple: the width of the feed-forward is padded with zeros to a multiple of it.
+
+    Raises:
+        UnsupportedError: if no configuration of this class has the shapes of the weights.
+    """
+    names, config = kept_layers(weights, model)
+    config = renumbered_config(config, program)
+    kept = {names[name]: weight.detach() for name, weight in weights.items() if name in names}
+    exact = _fit(model, config, {name: tuple(weight.shape) for name, weight in kept.items()})
+    fitted = _widened(model, exact, multiple)
+    state = _state(model, fitted, kept, {new: old for old, new in names.items()})
+    made: Any = type(model)(copy.deepcopy(fitted.config))
+    made.load_state_dict(state, assign=True, strict=False)
+    made.tie_weights()
+    if getattr(model, "generation_config", None) is not None:
+        made.generation_config = copy.deepcopy(renumbered_config(model.generation_config, program))
+    widths = (int(getattr(exact.config, _WIDTH)), int(getattr(fitted.config, _WIDTH))) if fitted is not exact else None
+    return PlainModel(made, names, widths)
 
 
 def kept_layers(used: Collection[str], model: PreTrainedModel) -> tuple[dict[str, str], PretrainedConfig]:
@@ -158,6 +190,17 @@ def _fit(model: PreTrainedModel, config: PretrainedConfig, wanted: Shapes) -> _F
             )
         config, shapes = better
     return _Fitted(config, shapes)
+
+
+def _widened(model: PreTrainedModel, fitted: _Fitted, multiple: int) -> _Fitted:
+    """The configuration with a feed-forward whose width is a multiple; the same where it has no field for it."""
+    width = getattr(fitted.config, _WIDTH, None)
+    if not isinstance(width, int) or width % multiple == 0:
+        return fitted
+    config = copy.deepcopy(fitted.config)
+    setattr(config, _WIDTH, -(-width // multiple) * multiple)
+    shapes = _shapes(model, config)
+    return fitted if shapes is None or shapes.keys() != fitted.shapes.keys() else _Fitted(config, shapes)
 
 
 def _widest(wanted: Shapes, known: Shapes) -> Shapes:

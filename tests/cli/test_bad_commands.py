@@ -69,6 +69,13 @@ COMMANDS: dict[str, tuple[str, int, str]] = {
     "export another format": ("export nowhere model.onnx", 2, "writes GGUF files, named something.gguf"),
     "export into nothing": ("export nowhere {folder}/no/model.gguf", 1, "there is no directory"),
     "export in an unknown dtype": ("export nowhere model.gguf --dtype q4_0", 1, "dtype= is 'q4_0'; choose f32, f16, bf16"),
+    "export in an unknown format": ("export nowhere model --format onnx", 2, "Invalid value for '--format'"),
+    "export a checkpoint in a dtype": (
+        "export nowhere {folder}/new --format compressed-tensors --dtype f16",
+        2,
+        "--dtype is for GGUF files",
+    ),
+    "export a checkpoint into a folder": ("export nowhere {folder} --format compressed-tensors", 1, "is not an artifact"),
     "generate nothing": ("generate nowhere hello", 1, "'nowhere' is neither a directory"),
     "generate without prompt": ("generate nowhere", 2, "Missing argument"),
     "generate no tokens": ("generate nowhere hello --max-new-tokens 0", 2, "Invalid value for '--max-new-tokens'"),

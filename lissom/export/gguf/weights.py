@@ -17,15 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Dequantize, Embedding
 from lissom.compiler.ir.program import Program
+from lissom.export.quantized_weights import attribute_of, in_floating_point, quantized_weights
 from lissom.frontends.checkpoints.stored_weights import StoredWeight, stored_form
-from lissom.ops.formats import FORMATS, fp4_codes, unpack_halves
+from lissom.ops.formats import fp4_codes
 from lissom.ops.gguf_blocks import BLOCK_TYPES, BlockType, StoredBlocks, unpack_blocks
-from lissom.ops.quantization import dequantize
 
 _KINDS = {"int8": "Q8_0", "int4": "Q4_0", "uint4": "Q4_1", "fp4": "MXFP4"}
 _ROWS = 4096
@@ -63,7 +62,7 @@ def value_of(weight: Weight) -> torch.Tensor:
     """The weight in floating point, as the program computes it."""
     if not isinstance(weight, Blocks):
         return weight
-    return weight.value() if weight.exact is None else _floating(weight.exact)
+    return weight.value() if weight.exact is None else in_floating_point(weight.exact)
 
 
 def with_rows(weight: Weight, order: torch.Tensor) -> Weight:
@@ -105,48 +104,20 @@ def read_weights(program: Program, model: nn.Module, norm_offset: float) -> dict
     """
     originals = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, Weight] = {name: weight.detach().cpu() for name, weight in program.weights().items()}
-    for node in program.nodes(dequantize):
-        q, scale, *zero_point = (_constant(program, argument) for argument in node.args)
-        stored_as, form = _attribute(Dequantize(node).q), Dequantize(node).format
-        if stored_as is None or q is None or scale is None or None in zero_point:
-            continue
-        if scale.dtype == torch.float8_e4m3fn:
-            scale = scale.float() * Dequantize(node).tensor_scale
-        whole = q if FORMATS[form].bits == 8 else unpack_halves(q, FORMATS[form])
-        stored = StoredBlocks(whole, scale, zero_point[0] if zero_point else None, form)
-        order, name = _column_order(program, node), str(stored_as.target).removesuffix(f"_{form}")
-        weights[name] = (blocks_of(stored) or _floating(stored)) if order is None else _floating(stored)[:, order.argsort()]
+    for weight in quantized_weights(program):
+        stored, order = weight.stored, weight.order
+        kept = (
+            (blocks_of(stored) or in_floating_point(stored)) if order is None else in_floating_point(stored)[:, order.argsort()]
+        )
+        weights[weight.name] = kept
     for node in program.nodes(torch.ops.aten.rms_norm.default):
-        scale = _attribute(nodes.argument(node, "weight"))
+        scale = attribute_of(nodes.argument(node, "weight"))
         if scale is not None and str(scale.target) not in originals:
             weights[f"{nodes.origin(node).module_path}.weight"] = program.weight(str(scale.target)).detach().cpu() - norm_offset
     for name, weight in weights.items():
         stored = stored_form(originals[name]) if name in originals else None
         weights[name] = weight if not isinstance(stored, StoredWeight) else _as_in_file(stored, weight) or weight
     return weights
-
-
-def _attribute(node: object) -> fx.Node | None:
-    """The node of a weight, also where only the rows that are looked up are dequantized."""
-    if (lookup := Embedding.of(node)) is not None:
-        node = lookup.table
-    return node if isinstance(node, fx.Node) and node.op == "get_attr" else None
-
-
-def _constant(program: Program, node: object) -> torch.Tensor | None:
-    attribute = _attribute(node)
-    return None if attribute is None else program.weight(str(attribute.target)).detach().cpu()
-
-
-def _column_order(program: Program, weight: fx.Node) -> torch.Tensor | None:
-    """The order in which the layer of a dequantized weight reads its input; None where this is the input's own."""
-    inputs = (user.args[0] for user in weight.users if user.target is torch.ops.aten.linear.default)
-    sorted_input = next((x for x in inputs if nodes.is_call(x, torch.ops.aten.index_select.default)), None)
-    return None if sorted_input is None else _constant(program, nodes.argument(sorted_input, "index"))
-
-
-def _floating(stored: StoredBlocks) -> torch.Tensor:
-    return stored.dequantize(slice(None)) if stored.scale.dim() else stored.q * stored.scale
 
 
 def blocks_of(stored: StoredBlocks) -> Blocks | None:

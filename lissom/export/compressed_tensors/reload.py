@@ -1,0 +1,167 @@
+"""Loads a written checkpoint by transformers and compressed-tensors in a fresh process, and calls it there.
+
+The process runs this module: it reads a request from its standard input, calls the model, and writes the outputs and the hashes
+of the weights, as the library decompresses them, to a file. Nothing of the process that wrote the checkpoint is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils import _pytree as pytree
+
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.verify.divergence import relative_error
+from lissom.errors import UnsupportedError
+from lissom.frontends.capture.kv_cache import is_kv_cache_object, without_kv_cache
+from lissom.io.processes import python_command, python_environment
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_INPUTS, _OUTPUTS, _UNROUNDED = "inputs.safetensors", "outputs.safetensors", "unrounded.safetensors"
+_HASHES = "hashes.json"
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the fresh process loads and calls.
+
+    Attributes:
+        directory: of the checkpoint.
+        model: the name of a class of transformers.
+        exchange: the directory of inputs and outputs.
+        options: keyword arguments that are no tensors.
+        layers: the paths of the layers whose weights are hashed.
+        dequantize: transformers dequantizes when it loads, and not at the first call.
+    """
+
+    directory: str
+    model: str
+    exchange: str
+    options: Mapping[str, object]
+    layers: Sequence[str]
+    dequantize: bool
+    threads: int
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """What a fresh process computes with the checkpoint.
+
+    Attributes:
+        outputs: as the checkpoint says.
+        unrounded: with the inputs of layers in floating point; the same where they are.
+        hashes: of the dequantized weights, by the paths of their layers.
+    """
+
+    outputs: Sequence[torch.Tensor]
+    unrounded: Sequence[torch.Tensor]
+    hashes: Mapping[str, str]
+
+
+def reload(
+    program: Program, model: nn.Module, example: Sample, directory: Path, layers: Sequence[str], *, dequantize: bool
+) -> Reloaded:
+    """Load the checkpoint in a fresh process, and call it on the example.
+
+    Args:
+        model: that the program was captured from.
+        layers: the paths of quantized layers.
+        dequantize: as of a request.
+
+    Raises:
+        UnsupportedError: if the library does not load or run the checkpoint.
+    """
+    tensors, options = arguments_of(program, model, example)
+    with tempfile.TemporaryDirectory(prefix="lissom-reload-") as exchange:
+        save_file(tensors, Path(exchange) / _INPUTS)
+        request = Request(str(directory), type(model).__name__, exchange, options, layers, dequantize, torch.get_num_threads())
+        ended = subprocess.run(
+            python_command("lissom.export.compressed_tensors.reload"),
+            input=json.dumps(asdict(request)),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env=python_environment(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"),
+        )
+        if ended.returncode:
+            last = next((line.strip() for line in reversed(ended.stderr.splitlines()) if line.strip()), "no message")
+            raise UnsupportedError(
+                f"transformers does not run the checkpoint of {program.name} in a fresh process, so it is not written: "
+                f"{last:.300}"
+            )
+        outputs, unrounded = ([*load_file(Path(exchange) / name).values()] for name in (_OUTPUTS, _UNROUNDED))
+        return Reloaded(outputs, unrounded, json.loads((Path(exchange) / _HASHES).read_text(encoding="utf-8")))
+
+
+def error_of(outputs: Sequence[torch.Tensor], program: Program, example: Sample) -> float:
+    """The largest relative error of outputs to a program's; infinite if they differ in number or shape."""
+    with torch.no_grad():
+        wanted = [leaf.cpu() for leaf in program.run(example) if isinstance(leaf, torch.Tensor)]
+    if not wanted or [leaf.shape for leaf in outputs] != [leaf.shape for leaf in wanted]:
+        return float("inf")
+    return max(map(relative_error, wanted, outputs))
+
+
+def arguments_of(program: Program, model: nn.Module, example: Sample) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """The arguments of a call by name: tensors, and others. Raises UnsupportedError for some that no file holds."""
+    args, kwargs = program.signature.arguments([tensor.cpu() for tensor in example])
+    given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+    tensors = {name: value.contiguous() for name, value in given.items() if isinstance(value, torch.Tensor)}
+    options = {name: value for name, value in given.items() if name not in tensors}
+    odd = next((name for name, value in options.items() if not isinstance(value, _PLAIN)), None)
+    if odd is not None:
+        raise UnsupportedError(
+            f"the argument '{odd}' is no tensor, number or text, so a fresh process cannot be given it; call "
+            f"lissom.optimize with simpler example inputs"
+        )
+    return tensors, options
+
+
+def hash_of(weight: torch.Tensor) -> str:
+    """SHA-256 of the bytes of a tensor."""
+    return hashlib.sha256(weight.detach().contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
+def _answer(request: Request) -> None:
+    """Load the checkpoint, call it, and write its outputs and the hashes of its weights."""
+    import transformers
+
+    torch.set_num_threads(request.threads)
+    kind: Any = getattr(transformers, request.model)
+    how = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if request.dequantize else {}
+    model = kind.from_pretrained(request.directory, local_files_only=True, trust_remote_code=False, **how).eval()
+    exchange = Path(request.exchange)
+    arguments = {**load_file(exchange / _INPUTS), **request.options}
+    save_file(_outputs(model, arguments), exchange / _OUTPUTS)
+    # The library decompresses weights at the first call.
+    hashes = {layer: hash_of(model.get_submodule(layer).weight) for layer in request.layers}
+    (exchange / _HASHES).write_text(json.dumps(hashes), encoding="utf-8")
+    for layer in request.layers:
+        model.get_submodule(layer).quantization_enabled = False
+    save_file(_outputs(model, arguments), exchange / _UNROUNDED)
+
+
+def _outputs(model: Any, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    with torch.no_grad(), without_kv_cache(model):
+        leaves = pytree.tree_leaves(model(**arguments), is_leaf=is_kv_cache_object)
+    return {f"{index:04}": leaf.clone() for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+
+
+if __name__ == "__main__":
+    _answer(Request(**json.loads(sys.stdin.read())))

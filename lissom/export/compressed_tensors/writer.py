@@ -1,0 +1,253 @@
+"""Writes an optimized model as a checkpoint of compressed-tensors, with the integers of the program.
+
+The package compressed-tensors packs the weights and writes the configuration. transformers then loads the checkpoint in a fresh
+process: every weight has to be the program's dequantized one, bit for bit, and the outputs are compared with the program's.
+What vLLM asks of layers is in its compressed_tensors folder and in marlin_utils.py, github.com/vllm-project/vllm.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lissom.artifacts.directory import check_new, write_directory
+from lissom.artifacts.model_files import Saveable, write_processors
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.verify.divergence import tolerance_of
+from lissom.errors import UnsupportedError
+from lissom.export.checkpoint import plain_model
+from lissom.export.compressed_tensors.layers import notes, placed, width_multiple
+from lissom.export.compressed_tensors.reload import Reloaded, arguments_of, error_of, hash_of, reload
+from lissom.export.compressed_tensors.schemes import Layer, check_fused, check_loads, layers_of
+from lissom.export.quantized_weights import in_floating_point, quantized_weights
+from lissom.ops.formats import FORMATS
+from lissom.ops.quantization import fake_quantize_dynamic
+from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ROUNDINGS = 4.0
+"""The most that outputs may differ where two libraries round inputs as finely, relative to the error of one rounding: a value
+that is rounded the other way changes all later ones, so two such errors add up, and the largest of the logits is up to twice as
+large for one as for the other."""
+_NOT_COMPARED = "not compared: vLLM, which computes in float16 or bfloat16 by kernels of its own"
+
+
+@dataclass(frozen=True)
+class CompressedCheckpoint:
+    """The written checkpoint.
+
+    Attributes:
+        schemes: the number of layers of each scheme.
+        megabytes: of the directory.
+        relative_error: of the outputs, as transformers computes them from the checkpoint, to the program's.
+        notes: sentences on what differs from the program, and on what servers ask for.
+    """
+
+    schemes: Mapping[str, int]
+    megabytes: float
+    relative_error: float
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        layers = ", ".join(f"{count} in {name}" for name, count in self.schemes.items())
+        return (
+            f"{self.megabytes:.1f} MB; layers: {layers}; loaded by transformers in a fresh process, which has the program's "
+            f"weights bit for bit, and outputs within {self.relative_error:.1e} relative; {'; '.join(self.notes)}"
+        )
+
+
+def write_compressed(
+    program: Program,
+    model: PreTrainedModel,
+    example: Sample,
+    directory: Path,
+    tokenizer: Saveable | None = None,
+    processor: Saveable | None = None,
+) -> CompressedCheckpoint:
+    """Write the directory, completely or not at all, after the library loaded it.
+
+    Args:
+        program: captured from the model and not lowered.
+        example: flat inputs for the comparison.
+
+    Raises:
+        UnsupportedError: if the format cannot say the program, or compressed-tensors is not installed.
+        ArtifactError: if the directory exists, or cannot be written.
+    """
+    check_new(directory)
+    _check_library(model)
+    arguments_of(program, model, example)
+    made = _quantized_model(program, model, example)
+    schemes = {path: layer.scheme for path, layer in made.layers.items()}
+    errors: list[_Errors] = []
+
+    def write(folder: Path) -> None:
+        _compress(made, folder)
+        errors.append(_confirm(program, model, example, folder, made))
+        write_processors(folder, str(model.config._name_or_path) or None, tokenizer, processor)
+
+    write_directory(directory, write)
+    said = made.notes
+    if any(scheme.inputs is not None for scheme in schemes.values()):
+        said = (*said, _describe_rounding(errors[0]))
+    kinds = Counter(map(str, schemes.values()))
+    megabytes = sum(file.stat().st_size for file in directory.iterdir()) / 1e6
+    return CompressedCheckpoint(dict(kinds.most_common()), megabytes, errors[0].rounded, (*said, _NOT_COMPARED))
+
+
+@dataclass(frozen=True)
+class _QuantizedModel:
+    """A model of transformers, and its layers to quantize by their paths."""
+
+    model: Any
+    layers: Mapping[str, Layer]
+    notes: tuple[str, ...]
+
+
+def _quantized_model(program: Program, model: PreTrainedModel, example: Sample) -> _QuantizedModel:
+    """The model with the dequantized weights of a program. Raises UnsupportedError for what the format cannot say."""
+    folded, _ = Pipeline([FoldQuantizedWeights()], [example], checks="structural").run(program)
+    found = layers_of(folded, quantized_weights(folded))
+    if not found:
+        raise UnsupportedError(f"{program.name} has no quantized layers; add quantize to the passes, or call save_pretrained")
+    values = {name: weight for name, weight in folded.weights().items() if name not in found}
+    values |= {name: in_floating_point(layer.stored).to(layer.dtype) for name, layer in found.items()}
+    made = plain_model(values, folded, model, width_multiple(found.values()))
+    layers, dense = placed(found, made.names, made.model)
+    schemes = {path: layer.scheme for path, layer in layers.items()}
+    check_fused(schemes, [path for path, module in made.model.named_modules() if isinstance(module, nn.Linear)])
+    check_loads(schemes.values())
+    return _QuantizedModel(made.model, layers, tuple(notes(layers, dense, made.padded)))
+
+
+def _describe_rounding(errors: _Errors) -> str:
+    return (
+        f"transformers rounds inputs of layers by x / scale + zero_point in the model's dtype, and the program by x / scale in "
+        f"float32, so values near the middle of two integers may differ by one: outputs differ by "
+        f"{errors.rounded:.1e} relative, and by {errors.unrounded:.1e} with inputs in floating point"
+    )
+
+
+def _check_library(model: PreTrainedModel) -> None:
+    """Refuse to write what no library can load afterwards. Raises UnsupportedError."""
+    try:
+        importlib.import_module("compressed_tensors")
+    except ImportError as error:
+        raise UnsupportedError(
+            "writing a compressed-tensors checkpoint needs compressed-tensors, which packs it and loads it again for the "
+            "comparison: pip install 'lissom[compressed-tensors]'"
+        ) from error
+    transformers: Any = importlib.import_module("transformers")
+    if getattr(transformers, type(model).__name__, None) is not type(model):
+        raise UnsupportedError(
+            f"{type(model).__name__} is no class of transformers, so a fresh process cannot load its checkpoint to compare it; "
+            f"CompiledModel.save writes it with its program, for lissom.load"
+        )
+
+
+def _compress(made: _QuantizedModel, folder: Path) -> None:
+    """Quantize the layers by the package, to the integers that they have, and write the checkpoint."""
+    model, layers = made.model, made.layers
+    library: Any = importlib.import_module
+    quantization, compressors = library("compressed_tensors.quantization"), library("compressed_tensors.compressors")
+    targets: dict[object, list[str]] = defaultdict(list)
+    for path, layer in layers.items():
+        targets[layer.scheme].append(path)
+    # vLLM looks for the class of a fused layer before the names of its parts, so several schemes have names only.
+    groups = {
+        f"group_{index}": {"targets": ["Linear"] if len(targets) == 1 else paths, **layers[paths[0]].scheme.fields()}
+        for index, paths in enumerate(targets.values())
+    }
+    dense = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path not in layers]
+    config = quantization.QuantizationConfig.model_validate({"config_groups": groups, "ignore": dense})
+    quantization.apply_quantization_config(model, config, show_progress=False)
+    for path, layer in layers.items():
+        module, stored = model.get_submodule(path), layer.stored
+        shape, scale = module.weight_scale.shape, stored.scale.float()
+        # In float32 the package finds the same integers again.
+        module.weight = _parameter(layer.dequantized(torch.float32))
+        module.weight_scale = _parameter(scale.reshape(shape))
+        if stored.zero_point is not None:
+            middle = 1 << (FORMATS[stored.format].bits - 1)
+            module.weight_zero_point = _parameter((stored.zero_point.int() - middle).to(torch.int8).reshape(shape))
+        elif hasattr(module, "weight_zero_point"):
+            # Adding 0 would turn -0 of fp8 into 0.
+            del module.weight_zero_point
+        compressors.compress_module(module)
+        module.weight_scale = _parameter(scale.to(layer.dtype).reshape(shape))
+    compressor = compressors.ModelCompressor.from_pretrained_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(str(folder))
+
+
+def _parameter(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.contiguous(), requires_grad=False)
+
+
+@dataclass(frozen=True)
+class _Errors:
+    """The relative errors of the checkpoint's outputs, with inputs of layers as it says, and in floating point."""
+
+    rounded: float
+    unrounded: float
+
+
+def _confirm(program: Program, model: PreTrainedModel, example: Sample, folder: Path, made: _QuantizedModel) -> _Errors:
+    """Load the checkpoint in a fresh process, and compare it. Raises UnsupportedError if it is another model."""
+    packed = any(layer.scheme.has_packed_zero_points for layer in made.layers.values())
+    loaded = reload(program, model, example, folder, [*made.layers], dequantize=packed)
+    differing = [path for path, layer in made.layers.items() if loaded.hashes[path] != hash_of(layer.dequantized(layer.dtype))]
+    if differing:
+        raise UnsupportedError(
+            f"transformers reads other weights from the checkpoint of {program.name} than were written, in {len(differing)} "
+            f"layers, '{differing[0]}' first, so it is not written"
+        )
+    unrounded = program
+    if any(layer.scheme.inputs is not None for layer in made.layers.values()):
+        unrounded, _ = Pipeline([_KeepInputs()], [example], checks="off").run(program)
+    error, allowed = error_of(loaded.unrounded, unrounded, example), tolerance_of(program)
+    if not error <= allowed:
+        raise UnsupportedError(
+            f"a compressed-tensors checkpoint of {type(model).__name__} cannot hold this program: loaded by transformers, it "
+            f"differs by {error:.2g} relative, allowed {allowed:.2g}; low-rank factors and changed operators are no weights of "
+            f"the model"
+        )
+    if unrounded is program:
+        return _Errors(error, error)
+    return _Errors(_checked_rounding(loaded, program, unrounded, example), error)
+
+
+def _checked_rounding(loaded: Reloaded, program: Program, unrounded: Program, example: Sample) -> float:
+    """The relative error of outputs whose inputs of layers the library rounds. Raises UnsupportedError if it is too large."""
+    error = error_of(loaded.outputs, program, example)
+    with torch.no_grad():
+        effect = error_of([leaf for leaf in unrounded.run(example) if isinstance(leaf, torch.Tensor)], program, example)
+    if not error <= _ROUNDINGS * effect + tolerance_of(program):
+        raise UnsupportedError(
+            f"transformers rounds the inputs of layers of {program.name} otherwise: its outputs differ by {error:.2g} "
+            f"relative, and rounding inputs changes them by {effect:.2g}; leave them in floating point, scheme=int8-weight"
+        )
+    return error
+
+
+@dataclass(frozen=True)
+class _KeepInputs(Approximation):
+    """Leaves the inputs of layers in floating point, for a comparison of weights."""
+
+    def run(self, edit: Editor) -> None:
+        for node in edit.nodes(fake_quantize_dynamic):
+            edit.replace(node, nodes.operand(node))
