@@ -25,13 +25,14 @@ from typing import Any, Protocol
 import torch
 import transformers
 from apart import run_apart
+from llama import server_options, weights_file
 from quality import conditions, windows
 from quantization import INT4, MIXED, OF_HEAD, own_head
 from readme import put_table
 from spread import Quartiles, quartiles, spread
 
 from lissom.cli.bench.worker import peak_bytes
-from lissom.frontends.models.huggingface import Checkpoint, find_directory, load
+from lissom.frontends.models.huggingface import Checkpoint, load
 from lissom.measure.machine import measure_machine
 from lissom.ops import packed_embedding
 
@@ -307,12 +308,7 @@ def measure_llama(threads: int, ids: list[int]) -> Result:
     """llama.cpp through xllamacpp, with its own timings of prefill and decode. ids: the prompt and the text after it."""
     import xllamacpp
 
-    file = next(Path(find_directory("gemma3-270m")).glob("*.gguf"))
-    options = xllamacpp.CommonParams()
-    options.model.path = str(file)
-    options.n_ctx, options.n_parallel, options.warmup, options.cache_prompt = LENGTH, 1, True, False
-    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
-    server = xllamacpp.Server(options)
+    server = xllamacpp.Server(server_options(LENGTH, 1, threads))
     request = {"prompt": ids[:PROMPT], "n_predict": ANSWER, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
     timings = [server.handle_completions(request)["timings"] for _ in range(ROUNDS + 1)][1:]
     peak = peak_bytes()
@@ -321,7 +317,7 @@ def measure_llama(threads: int, ids: list[int]) -> Result:
         quartiles([timing["predicted_per_second"] for timing in timings]),
         peak,
         llama_perplexity(server, ids) if len(ids) > PROMPT else None,
-        file.stat().st_size,
+        weights_file().stat().st_size,
     )
 
 

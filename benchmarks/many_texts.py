@@ -15,17 +15,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from apart import run_apart
+from llama import server_options
 from quality import conditions, windows
 from readme import put_table
 from spread import Quartiles, quartiles, spread
 
 import lissom
-from lissom.frontends.models.huggingface import Checkpoint, find_directory, load
+from lissom.frontends.models.huggingface import Checkpoint, load
 from lissom.generation.sampling import Sampling
 
 PROMPT, ANSWER, COUNTS, ROUNDS = 64, 64, (1, 4, 8, 16), 5
@@ -63,14 +63,9 @@ def llama_rates(prompts: Sequence[list[int]], threads: int) -> list[Quartiles]:
     """The same with llama.cpp's server in this process, a slot for each text."""
     import xllamacpp
 
-    file = next(Path(find_directory("gemma3-270m")).glob("*.gguf"))
     rates = []
     for count in COUNTS:
-        options = xllamacpp.CommonParams()
-        options.model.path = str(file)
-        options.n_ctx, options.n_parallel, options.warmup, options.cache_prompt = LENGTH * count, count, True, False
-        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
-        server: Any = xllamacpp.Server(options)
+        server: Any = xllamacpp.Server(server_options(LENGTH, count, threads))
         rates.append(quartiles([count * ANSWER / llama_seconds(server, prompts[:count]) for _ in range(ROUNDS + 1)][1:]))
         del server
     return rates

@@ -20,13 +20,10 @@ import platform
 import random
 import re
 import runpy
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +33,7 @@ import torch
 from encoding import BACKENDS, mixed_texts
 from readme import processor_kind, put_table
 from sentence_transformers import SentenceTransformer
+from server_process import HOST, free_port, resident_mb, served
 
 from lissom.frontends.models.huggingface import find_directory
 
@@ -44,7 +42,6 @@ CLIENTS = (1, 8, 32)
 BATCH_TOKENS = {"torch": 512, "onnxruntime": 512, "onnxruntime-int8": 512}
 """Where padding is computed, small batches are faster; others have the server's default."""
 SERVER = Path(__file__).parent.parent / "examples" / "serve_embeddings.py"
-HOST = "127.0.0.1"
 _TEXTS = 500
 _COMPARED = 64
 _STEPS = 6
@@ -182,13 +179,6 @@ async def least_cosine(to: Connections, wanted: np.ndarray) -> float:
     return float(((rows * wanted).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(wanted, axis=1)).min())
 
 
-def resident_mb(process: int, name: str) -> float:
-    """A field of /proc/PID/status in MB: VmRSS, or VmHWM for the peak."""
-    match = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text(encoding="utf-8"))
-    assert match is not None
-    return int(match[1]) * 1024 / 1e6
-
-
 async def measure(engine: str, port: int, process: int, wanted: np.ndarray, options: argparse.Namespace) -> Row:
     """All load tests of one running server."""
     to = Connections(port, mixed_texts(_TEXTS))
@@ -199,29 +189,6 @@ async def measure(engine: str, port: int, process: int, wanted: np.ndarray, opti
     before = resident_mb(process, "VmRSS")
     overload = await open_loop(to, 3 * most, options.seconds)
     return Row(engine, cosine, clients, bounded, overload, (before, resident_mb(process, "VmHWM")))
-
-
-@contextmanager
-def served(engine: str, threads: int) -> Iterator[tuple[int, int]]:
-    """A server process; gives its port and process id once it answers."""
-    with closing(socket.socket()) as free:
-        free.bind((HOST, 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, __file__, f"--worker={engine}", f"--port={port}", f"--threads={threads}"]
-    process = subprocess.Popen(command)
-    try:
-        while process.poll() is None:
-            try:
-                socket.create_connection((HOST, port)).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        if process.poll() is not None:
-            raise SystemExit(f"the server for {engine} did not start")
-        yield port, process.pid
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def serve(engine: str, port: int) -> None:
@@ -294,7 +261,9 @@ def main() -> None:
     wanted = SentenceTransformer(str(find_directory("minilm")), device="cpu").encode(mixed_texts(_TEXTS)[:_COMPARED])
     rows = []
     for engine in options.engines.split(","):
-        with served(engine, options.threads) as (port, process):
+        port = free_port()
+        command = [sys.executable, __file__, f"--worker={engine}", f"--port={port}", f"--threads={options.threads}"]
+        with served(command, port) as process:
             rows.append(asyncio.run(measure(engine, port, process, wanted, options)))
         print(f"{engine}: {rows[-1].bounded.rate:.0f} requests/s", flush=True)
     printed = tables(rows, options)

@@ -122,9 +122,10 @@ class Batching:
 
     @property
     def reserved(self) -> int:
-        """Slots of texts that are read or answered."""
+        """Slots of texts that are read or answered; those of finished ones are free before the next call."""
         with self._lock:
-            return self._slots.reserved
+            finished = [text.region.size for text in self._running if text.is_finished and text.region is not None]
+            return self._slots.reserved - sum(finished)
 
     def submit(self, text: Text) -> Text:
         """Add a text, which is answered as soon as there is room."""

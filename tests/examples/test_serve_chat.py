@@ -9,20 +9,16 @@ import torch
 
 from lissom.generation.sampling import Sampling
 from tests.support.chat_server import (
-    HOST,
     LENGTH,
     NAME,
     PROMPTS,
     alone,
-    ask,
-    ask_many,
     completion,
-    load_example,
     running,
-    small_pool,
     small_tokenizer,
     until_idle,
 )
+from tests.support.servers import HOST, ask, ask_many
 
 NEEDED = "is not installed: pip install 'lissom[dev]'"
 for package in ("starlette", "uvicorn", "llguidance"):
@@ -39,24 +35,9 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def example():
-    return load_example()
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    return small_pool()
-
-
-@pytest.fixture(scope="module")
-def words():
-    return small_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def port(example, decoder, words):
+def port(chat_example, decoder, words):
     """A server with small bounds, for the tests that do not stop it."""
-    with running(decoder, words, example.Limits(body_bytes=20_000, body_seconds=0.3)) as server:
+    with running(decoder, words, chat_example.Limits(body_bytes=20_000, body_seconds=0.3)) as server:
         yield server.config.port
 
 
@@ -87,9 +68,9 @@ def test_a_chat_follows_the_template(client, decoder, words):
     assert again.choices[0].message.content == found.choices[0].message.content
 
 
-def test_a_chat_without_a_template_is_lines(example, decoder):
+def test_a_chat_without_a_template_is_lines(chat_example, decoder):
     words = small_tokenizer(None)
-    with running(decoder, words, example.Limits()) as server:
+    with running(decoder, words, chat_example.Limits()) as server:
         body = {"model": NAME, "messages": CHAT, "max_tokens": 12, "temperature": 0}
         found = ask(server.config.port, "/v1/chat/completions", body)[1]
     text = alone(decoder, words, "system: Be brief.\nuser: The dog?\nassistant:", 12)
@@ -266,10 +247,10 @@ def test_metrics(port, client, decoder):
     assert "\nchat_queue_texts 0\n" in metrics
 
 
-def test_half_characters_wait_for_the_rest(example, words):
+def test_half_characters_wait_for_the_rest(chat_example, words):
     text = "日本語 🙂 fox"
     ids = words(text, add_special_tokens=False)["input_ids"]
-    writer, parts = example.Writer(words, ()), list[str]()
+    writer, parts = chat_example.Writer(words, ()), list[str]()
     for token in ids:
         writer.add(token)
         parts.append(writer.take(is_last=False)[0])
@@ -277,7 +258,7 @@ def test_half_characters_wait_for_the_rest(example, words):
     assert "".join(parts) == text
     assert not any("�" in part for part in parts)
     random = torch.randint(5, len(words), (200,), generator=torch.Generator().manual_seed(0)).tolist()
-    writer, parts = example.Writer(words, ()), list[str]()
+    writer, parts = chat_example.Writer(words, ()), list[str]()
     for token in random:
         writer.add(token)
         parts.append(writer.take(is_last=False)[0])

@@ -1,125 +1,131 @@
-"""The server of examples/serve_chat.py under load: hundreds of requests, of which some are cancelled, and its process."""
+"""The load test of benchmarks/chat_load.py, shorter, and its judgement; and what a server process does when it is stopped."""
 
 from __future__ import annotations
 
-import gc
-import json
-import os
-import random
-import resource
+import importlib
 import signal
-import socket
-import struct
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.support.chat_server import (
-    EXAMPLE,
-    HOST,
-    alone,
-    ask,
-    completion,
-    load_example,
-    running,
-    small_model,
-    small_pool,
-    small_tokenizer,
-)
-from tests.support.ranks import free_port
+from tests.support.chat_server import LENGTH, PROMPTS, alone, completion, small_model
+from tests.support.servers import ROOT, ask, in_process, until
 
 for package in ("starlette", "uvicorn", "llguidance"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'lissom[serve]'")
 
-PROMPTS = ["The quick brown fox", "A vocabulary has rows", "日本語の文章", "jumps over the lazy dog, and the dog sleeps " * 3]
-SHORT, LONG = 8, 60
 
-
-def resident_bytes() -> int:
-    gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def text_of(answer: bytes, stream: bool) -> str:
-    """The text of an HTTP answer, whose chunks end with a line each."""
-    body = answer.decode().partition("\r\n\r\n")[2]
-    if not stream:
-        return json.loads(body)["choices"][0]["text"]
-    events = [line.removeprefix("data: ") for line in body.splitlines() if line.startswith("data: ")]
-    assert events[-1] == "[DONE]"
-    return "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
-
-
-def request(port: int, seed: int, wanted: dict[tuple[str, int], str]) -> str:
-    """Send a random request; it is cancelled at a random time, or its text is compared. Returns which."""
-    source = random.Random(seed)
-    prompt, count, stream = source.choice(PROMPTS), source.choice([SHORT, LONG]), source.random() < 0.5
-    data = json.dumps(completion(prompt, count, stream=stream)).encode()
-    with socket.create_connection((HOST, port), timeout=120) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
-        connection.sendall(head.encode() + data)
-        if source.random() < 0.3:
-            time.sleep(source.random() * 0.1)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", source.randint(0, 1), 0))
-            return "cancelled"
-        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
-    status = int(answer.split(b" ", 2)[1])
-    if status == 503:
-        time.sleep(0.1)
-        return "refused"
-    assert (status, text_of(answer, stream)) == (200, wanted[prompt, count])
-    return "right"
-
-
-@pytest.mark.slow
-def test_hundreds_of_requests_with_cancels():
-    decoder, words, example = small_pool(), small_tokenizer(), load_example()
-    wanted = {(prompt, count): alone(decoder, words, prompt, count) for prompt in PROMPTS for count in (SHORT, LONG)}
-    sizes, ended = list[int](), list[str]()
-    with running(decoder, words, example.Limits(queue=12)) as server, ThreadPoolExecutor(18) as clients:
-        port = server.config.port
-        for start in range(0, 900, 300):
-            ended += clients.map(lambda seed: request(port, seed, wanted), range(start, start + 300))
-            while "chat_open_requests 0\n" not in ask(port, "/metrics")[1] or decoder.running or decoder.waiting:
-                time.sleep(0.01)
-            sizes.append(resident_bytes())
-    assert ended.count("right") > 300
-    assert ended.count("cancelled") > 150
-    assert "refused" in ended
-    # Threads and the allocator settle in the first 300 requests. One text that is kept for each would be 300 x 60 pieces, and
-    # one row of logits for each token more.
-    assert max(sizes[1:]) - sizes[0] < 8_000_000, sizes
+@pytest.fixture(scope="module")
+def benchmark():
+    """The modules of the load test, which import their neighbours in benchmarks/ by name."""
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        names = ("chat_load", "chat_requests", "chat_streams")
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    finally:
+        sys.path.remove(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_server_process_answers_what_it_accepted(tmp_path):
-    small_model().save_pretrained(tmp_path / "tiny")
-    words = small_tokenizer()
-    words.save_pretrained(tmp_path / "tiny")
-    port, wanted = free_port(), alone(small_pool(), words, PROMPTS[0], LONG)
-    command = [sys.executable, str(EXAMPLE), str(tmp_path / "tiny"), f"--port={port}", "--max-length=128", "--sequences=4"]
-    process = subprocess.Popen(command, env={**os.environ})
-    try:
-        for _ in range(3000):
-            assert process.poll() is None
-            with suppress(OSError):
-                assert ask(port, "/health")[0] == 200
-                break
-            time.sleep(0.1)
-        with ThreadPoolExecutor(8) as clients:
-            asked = [clients.submit(ask, port, "/v1/completions", completion(PROMPTS[0], LONG)) for _ in range(8)]
-            while "chat_open_requests 8\n" not in ask(port, "/metrics")[1] and not any(item.done() for item in asked):
-                time.sleep(0.001)
-            process.send_signal(signal.SIGTERM)
-            answers = [item.result() for item in asked]
-        assert [body["choices"][0]["text"] for _, body, _ in answers] == [wanted] * 8
+def test_load(benchmark, tmp_path):
+    model = tmp_path / "small"
+    benchmark.chat_requests.save_small_model(model)
+    options = benchmark.chat_load.parse(["--requests=900", "--kills=10", "--prompts=60"])
+    with (tmp_path / "log").open("w") as log:
+        result = benchmark.chat_load.load_test(options, str(model), log)
+    assert result.faults == []
+    outcomes = result.outcomes
+    assert outcomes["whole answers, all right"] > 200
+    assert outcomes["streamed answers, all right"] > 200
+    assert outcomes["different texts among them"] > 100
+    assert outcomes["left by the client"] > 90
+    assert outcomes["malformed, refused in a sentence"] > 50
+    assert outcomes["503, sent again"] > 0
+    assert outcomes["clients killed while they waited for answers"] >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_times_of_streams(benchmark, tmp_path, monkeypatch):
+    model = tmp_path / "small"
+    benchmark.chat_requests.save_small_model(model)
+    monkeypatch.setattr(benchmark.chat_load, "CLIENTS", (2,))
+    options = benchmark.chat_load.parse(["--streams", "--threads=1"])
+    with (tmp_path / "log").open("w") as log:
+        row = benchmark.chat_load.stream_rows(options, str(model), log)[-1]
+    name, clients, *milliseconds = [cell.strip() for cell in row.strip("|").split("|")]
+    assert (name, clients) == ("Lissom, `exact`", "2")
+    first, first_99, between, between_99 = map(float, milliseconds)
+    assert 0 < first <= first_99
+    assert 0 < between <= between_99
+
+
+RIGHT = {"status": 200, "text": "a lake", "reason": "length", "whole": True}
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (RIGHT, None),
+        (RIGHT | {"text": "a lane"}, "wrong: 'a lane' (length), not 'a lake' (length)"),
+        (RIGHT | {"reason": "stop"}, "wrong: 'a lake' (stop), not 'a lake' (length)"),
+        (RIGHT | {"whole": False, "error": "the model failed"}, "lost: the model failed"),
+        ({"status": 0, "left": False, "message": "reset"}, "lost: reset"),
+        ({"status": 500, "message": "the model failed"}, "wrong: status 500, not 200: the model failed"),
+        ({"status": 200, "left": True, "text": "a l"}, None),
+        ({"status": 200, "left": True, "text": "a b"}, "wrong: it began 'a b', not 'a lake'"),
+    ],
+)
+def test_each_outcome_is_judged(benchmark, line, fault):
+    assert benchmark.chat_load.fault(line, benchmark.chat_requests.Wanted("stream", 200, "a lake", "length")) == fault
+
+
+def judged(benchmark, mb: float = 95.0, **changes: float) -> list[str]:
+    """The faults of a load of two right answers, a refusal, one left, and one killed, with changed metrics."""
+    load = benchmark.chat_load.Load(5, killed={3}, refused=[{"status": 503, "message": benchmark.chat_load.BUSY, "retry": 1.0}])
+    load.done = {0: RIGHT, 1: RIGHT, 2: {"status": 200, "left": True, "text": "a"}, 4: {"status": 400, "message": "not JSON"}}
+    load.memory = [(0, 90.0), (5, 100.0)]
+    wanted = [benchmark.chat_requests.Wanted("whole", 200, "a lake", "length")] * 4
+    wanted.append(benchmark.chat_requests.Wanted("malformed", 400))
+    requests = [{"id": number, "stream": False, "raw": "POST /v1/completions HTTP/1.1"} for number in range(5)]
+    counts = {"200": 2, "400": 1, "503": 1, "499": 1}
+    found = {f'chat_requests_total{{path="/v1/completions",status="{status}"}}': float(n) for status, n in counts.items()}
+    found |= dict.fromkeys(benchmark.chat_load.GAUGES, 0.0)
+    return benchmark.chat_load.judge(load, requests, wanted, found | changes, mb).faults
+
+
+def total(status: int, count: int) -> dict[str, float]:
+    return {f'chat_requests_total{{path="/v1/completions",status="{status}"}}': float(count)}
+
+
+def test_counts_and_memory_are_judged(benchmark):
+    assert judged(benchmark) == []
+    assert judged(benchmark, chat_running_texts=1.0) == ["chat_running_texts is 1 at the end"]
+    assert judged(benchmark, chat_reserved_slots=16.0) == ["chat_reserved_slots is 16 at the end"]
+    assert judged(benchmark, mb=99.0) == ["memory grew by 9.0 MB, and may by 8"]
+    assert judged(benchmark, **total(499, 2)) == []
+    assert judged(benchmark, **total(499, 3)) == ["the server counted 7 requests, the clients 4 and 2 left"]
+    assert judged(benchmark, **total(400, 0))[0] == "status 400: the server counted 0, the clients 1"
+    assert judged(benchmark, **total(500, 1)) == ["the server counted statuses that no client saw: ['500']"]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_server_process_answers_what_it_accepted(tmp_path, decoder, words):
+    folder, prompt, count = tmp_path / "tiny", PROMPTS[0], 60
+    small_model().save_pretrained(folder)
+    words.save_pretrained(folder)
+    with (
+        in_process("serve_chat", str(folder), f"--max-length={LENGTH}", "--sequences=4") as (process, port),
+        ThreadPoolExecutor(8) as clients,
+    ):
+        asked = [clients.submit(ask, port, "/v1/completions", completion(prompt, count)) for _ in range(8)]
+        until(lambda: "chat_open_requests 8\n" in ask(port, "/metrics")[1] or any(item.done() for item in asked))
+        process.send_signal(signal.SIGTERM)
+        answers = [item.result() for item in asked]
+        assert [body["choices"][0]["text"] for _, body, _ in answers] == [alone(decoder, words, prompt, count)] * 8
         assert process.wait(60) in (0, -signal.SIGTERM)
-    finally:
-        process.kill()
-        process.wait()

@@ -14,42 +14,23 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.support.chat_server import (
-    HOST,
     PROMPTS,
     alone,
-    ask,
-    ask_many,
     completion,
-    load_example,
     running,
-    small_pool,
-    small_tokenizer,
     until_idle,
+    until_no_request,
 )
+from tests.support.servers import HOST, ask, ask_many
 
 for package in ("starlette", "uvicorn", "llguidance"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'lissom[serve]'")
 
 
 @pytest.fixture(scope="module")
-def example():
-    return load_example()
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    return small_pool()
-
-
-@pytest.fixture(scope="module")
-def words():
-    return small_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def port(example, decoder, words):
+def port(chat_example, decoder, words):
     """A server for the tests that do not stop it."""
-    with running(decoder, words, example.Limits(body_seconds=0.3)) as server:
+    with running(decoder, words, chat_example.Limits(body_seconds=0.3)) as server:
         yield server.config.port
 
 
@@ -96,16 +77,15 @@ def test_a_client_that_goes_frees_its_slots(port, decoder, words, gate, stream):
     for connection in connections:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.close()
-    while "chat_open_requests 0\n" not in ask(port, "/metrics")[1]:
-        time.sleep(0.01)
+    until_no_request(port)
     assert (decoder.running, decoder.waiting) == (0, 0)  # though no call has ended
     gate.open.set()
     assert ask(port, "/v1/completions", completion("and"))[1]["choices"][0]["text"] == alone(decoder, words, "and", 16)
     assert 'status="499"' in ask(port, "/metrics")[1]
 
 
-def test_a_reader_that_does_not_read_delays_no_other(example, decoder, words):
-    limits = example.Limits(send_seconds=0.5)
+def test_a_reader_that_does_not_read_delays_no_other(chat_example, decoder, words):
+    limits = chat_example.Limits(send_seconds=0.5)
     with running(decoder, words, limits) as server, socket.socket() as lazy:
         port = server.config.port
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -114,13 +94,12 @@ def test_a_reader_that_does_not_read_delays_no_other(example, decoder, words):
         answers = ask_many(port, "/v1/completions", [completion(prompt) for prompt in PROMPTS])
         assert [body["choices"][0]["text"] for _, body, _ in answers] == [alone(decoder, words, p, 16) for p in PROMPTS]
         until_idle(decoder)
-        while "chat_open_requests 0\n" not in ask(port, "/metrics")[1]:
-            time.sleep(0.01)
+        until_no_request(port)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_never_reads_is_given_up(example, decoder, words, stream):
-    app = example.configure(decoder, words, "tiny", example.Limits(send_seconds=0.2), HOST, 0).app
+def test_a_client_that_never_reads_is_given_up(chat_example, decoder, words, stream):
+    app = chat_example.configure(decoder, words, "tiny", chat_example.Limits(send_seconds=0.2), HOST, 0).app
     data, never = json.dumps(completion("and", 100, stream=stream)).encode(), 3600
     sent = []
 
@@ -144,8 +123,8 @@ def test_a_client_that_never_reads_is_given_up(example, decoder, words, stream):
     assert (route.endpoint.server.open, decoder.running, decoder.waiting) == (0, 0, 0)
 
 
-def test_a_full_queue_refuses_and_loses_nothing(example, decoder, words, gate):
-    with running(decoder, words, example.Limits(queue=3)) as server, ThreadPoolExecutor(20) as clients:
+def test_a_full_queue_refuses_and_loses_nothing(chat_example, decoder, words, gate):
+    with running(decoder, words, chat_example.Limits(queue=3)) as server, ThreadPoolExecutor(20) as clients:
         port = server.config.port
         gate.open.clear()
         asked = [clients.submit(ask, port, "/v1/completions", completion(f"and {i}")) for i in range(20)]
@@ -163,8 +142,8 @@ def test_a_full_queue_refuses_and_loses_nothing(example, decoder, words, gate):
             assert int(headers["Retry-After"]) >= 1
 
 
-def test_open_requests_are_bounded(example, decoder, words, gate):
-    with running(decoder, words, example.Limits(requests=2)) as server, ThreadPoolExecutor(4) as clients:
+def test_open_requests_are_bounded(chat_example, decoder, words, gate):
+    with running(decoder, words, chat_example.Limits(requests=2)) as server, ThreadPoolExecutor(4) as clients:
         gate.open.clear()
         asked = [clients.submit(ask, server.config.port, "/v1/completions", completion("and")) for _ in range(4)]
         while sum(item.done() for item in asked) < 2:
@@ -173,8 +152,8 @@ def test_open_requests_are_bounded(example, decoder, words, gate):
         assert sorted(item.result()[0] for item in asked) == [200, 200, 503, 503]
 
 
-def test_accepted_requests_are_answered_after_server_stop(example, decoder, words, gate):
-    with running(decoder, words, example.Limits()) as server, ThreadPoolExecutor(8) as clients:
+def test_accepted_requests_are_answered_after_server_stop(chat_example, decoder, words, gate):
+    with running(decoder, words, chat_example.Limits()) as server, ThreadPoolExecutor(8) as clients:
         port = server.config.port
         gate.open.clear()
         bodies = [completion(f"and {i}", stream=i % 2 == 0) for i in range(8)]
@@ -202,7 +181,7 @@ def raw(port: int, body: object) -> str:
         return answer.read().decode()
 
 
-def test_a_model_that_fails_is_said_and_survived(example, decoder, words, monkeypatch, caplog):
+def test_a_model_that_fails_is_said_and_survived(chat_example, decoder, words, monkeypatch, caplog):
     run = decoder.compiled.run
 
     def failing(inputs):
@@ -211,7 +190,7 @@ def test_a_model_that_fails_is_said_and_survived(example, decoder, words, monkey
         return run(inputs)
 
     monkeypatch.setattr(decoder.compiled, "run", failing)
-    with running(decoder, words, example.Limits()) as server:
+    with running(decoder, words, chat_example.Limits()) as server:
         port = server.config.port
         bad = {**completion("and"), "prompt": [2, 7]}
         status, found, _ = ask(port, "/v1/completions", bad)

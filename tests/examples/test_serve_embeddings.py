@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
-import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from email.message import Message
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,23 +19,17 @@ import lissom
 from lissom.frontends.models.huggingface import find_directory
 from tests.support.ranks import free_port
 from tests.support.sentence_models import TEXTS, sentence_transformer
+from tests.support.servers import HOST, ask, ask_many, in_process, in_thread, load_example, until
 
 pytest.importorskip("starlette", reason="starlette is not installed: pip install 'lissom[serve]'")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'lissom[serve]'")
 
-EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "serve_embeddings.py"
-HOST = "127.0.0.1"
 MANY = [f"{text} {index}" for index in range(12) for text in TEXTS]
 
 
 @pytest.fixture(scope="module")
 def example():
-    specification = importlib.util.spec_from_file_location("serve_embeddings", EXAMPLE)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["serve_embeddings"] = module
-    specification.loader.exec_module(module)
-    yield module
-    del sys.modules["serve_embeddings"]
+    return load_example("serve_embeddings")
 
 
 @pytest.fixture(scope="module")
@@ -62,38 +45,8 @@ def port(example, model):
         yield server.config.port
 
 
-@contextmanager
-def running(example, encoder, limits) -> Iterator[uvicorn.Server]:
-    server = uvicorn.Server(example.configure(encoder, limits, HOST, free_port()))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        yield server
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
-
-
-def ask(port: int, path: str, body: object = None) -> tuple[int, dict | str, Message]:
-    """Status, body and headers. body: sent as JSON unless bytes."""
-    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(f"http://{HOST}:{port}{path}", data)
-    try:
-        answer = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        answer = error
-    with answer:
-        text = answer.read().decode()
-        return answer.status, text if path == "/metrics" else json.loads(text), answer.headers
-
-
-def ask_many(port: int, bodies: list) -> list:
-    with ThreadPoolExecutor(len(bodies)) as clients:
-        return list(clients.map(lambda body: ask(port, "/embed", body), bodies))
+def running(example, encoder, limits) -> AbstractContextManager:
+    return in_thread(example.configure(encoder, limits, HOST, free_port()))
 
 
 def test_answers_are_those_of_encode(port, model):
@@ -116,7 +69,7 @@ def test_the_api_of_openai(port, model):
 
 
 def test_many_at_once_share_batches(port, model):
-    answers = ask_many(port, [{"texts": [text]} for text in MANY])
+    answers = ask_many(port, "/embed", [{"texts": [text]} for text in MANY])
     assert [status for status, _, _ in answers] == [200] * len(MANY)
     np.testing.assert_allclose([body["embeddings"][0] for _, body, _ in answers], model.encode(MANY), atol=1e-5)
     metrics = ask(port, "/metrics")[1]
@@ -198,7 +151,7 @@ def test_a_full_queue_refuses_and_loses_nothing(example, model):
     limits = example.Limits(batch_tokens=16, queue_tokens=100)
     with running(example, slow(example, model, 0.02), limits) as server:
         port = server.config.port
-        answers = ask_many(port, [{"texts": [text]} for text in MANY])
+        answers = ask_many(port, "/embed", [{"texts": [text]} for text in MANY])
         assert ask(port, "/embed", {"texts": MANY})[1]["error"]["message"].endswith("queue holds 100; send fewer texts")
         metrics = ask(port, "/metrics")[1]
     wanted = model.encode(MANY)
@@ -216,7 +169,7 @@ def test_a_full_queue_refuses_and_loses_nothing(example, model):
 
 def test_open_requests_are_bounded(example, model):
     with running(example, slow(example, model, 0.1), example.Limits(requests=2)) as server:
-        statuses = [status for status, _, _ in ask_many(server.config.port, [{"texts": ["a"]}] * 4)]
+        statuses = [status for status, _, _ in ask_many(server.config.port, "/embed", [{"texts": ["a"]}] * 4)]
     assert set(statuses) == {200, 503}
 
 
@@ -244,7 +197,7 @@ def test_a_model_that_fails_is_said_and_survived(example, model, caplog):
             return super().embed(texts)
 
     with running(example, Failing(model, "tiny"), replace(example.Limits(), batch_tokens=8)) as server:
-        found = ask_many(server.config.port, [{"texts": [text]} for text in TEXTS])
+        found = ask_many(server.config.port, "/embed", [{"texts": [text]} for text in TEXTS])
     assert [status for status, _, _ in found] == [200, 200, 200, 500]
     assert found[3][1]["error"]["message"] == "the model failed: RuntimeError"
 
@@ -252,26 +205,15 @@ def test_a_model_that_fails_is_said_and_survived(example, model, caplog):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_server_process_with_minilm():
-    port, texts = free_port(), [f"{text} {index}" for index in range(20) for text in TEXTS]
+    texts = [f"{text} {index}" for index in range(20) for text in TEXTS]
     wanted = SentenceTransformer(str(find_directory("minilm")), device="cpu").encode(texts)
-    process = subprocess.Popen([sys.executable, str(EXAMPLE), "minilm", f"--port={port}"], env={**os.environ})
-    try:
-        for _ in range(3000):
-            assert process.poll() is None
-            with suppress(OSError):
-                assert ask(port, "/health")[0] == 200
-                break
-            time.sleep(0.1)
-        answers = ask_many(port, [{"texts": [text]} for text in texts])
+    with in_process("serve_embeddings", "minilm") as (process, port):
+        answers = ask_many(port, "/embed", [{"texts": [text]} for text in texts])
         np.testing.assert_allclose([body["embeddings"][0] for _, body, _ in answers], wanted, atol=1e-4)
         with ThreadPoolExecutor(8) as clients:
             asked = [clients.submit(ask, port, "/embed", {"texts": texts[:16]}) for _ in range(8)]
-            while "embeddings_open_requests 8" not in ask(port, "/metrics")[1]:
-                time.sleep(0.001)
+            until(lambda: "embeddings_open_requests 8" in ask(port, "/metrics")[1])
             process.send_signal(signal.SIGTERM)
             for item in asked:
                 np.testing.assert_allclose(item.result()[1]["embeddings"], wanted[:16], atol=1e-4)
         assert process.wait(60) in (0, -signal.SIGTERM)
-    finally:
-        process.kill()
-        process.wait()

@@ -152,6 +152,7 @@ def test_a_submitted_text_is_cancelled() -> None:
     assert found.reserved == 5 * 16  # pages of 16 slots for texts of 15, 19, 14 and 14 tokens
     found.cancel(submitted[0])  # one that runs, and one that waits
     found.cancel(submitted[-1])
+    assert found.reserved == 4 * 16  # before the next call
     while found.step():
         pass
     assert (found.waiting, found.running, found.reserved, len(submitted[-1].new)) == (0, 0, 0, 0)
