@@ -56,7 +56,8 @@ class Load:
     """What the clients saw.
 
     done: the last line about a request. killed: requests without an answer when their client was killed. kills: of clients with
-    such a request; planned: those and the ones under way; begun: answers that had begun to arrive then. memory: requests that were done, and MB of the server.
+    such a request; planned: those and the ones under way; begun: answers that had begun to arrive then. memory: requests
+    that were done, and MB of the server.
     """
 
     total: int

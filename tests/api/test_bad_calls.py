@@ -172,7 +172,6 @@ def dynamic(value: object) -> object:
 
 
 OPTIONS: dict[str, Refusal] = {
-    "passes none": (UnsupportedError, "passes= is None; give pipeline text, or pass objects", lambda: compile_(passes=None)),
     "passes a number": (UnsupportedError, "passes= is 3;", lambda: compile_(passes=3)),
     "passes a class": (UnsupportedError, "passes= is the class RemoveNoOps;", lambda: compile_(passes=RemoveNoOps)),
     "passes a mapping": (UnsupportedError, "passes= is {'exact': 1};", lambda: compile_(passes={"exact": 1})),
