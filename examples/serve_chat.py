@@ -269,6 +269,9 @@ class Driver:
     first: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
     between: Histogram = field(default_factory=lambda: Histogram((0.001, 0.002, *_SECONDS)))
 
+    def __post_init__(self) -> None:
+        self.ends = _ends(self.decoder, self.tokenizer)
+
     def start(self) -> None:
         """Start the thread."""
         self.thread = threading.Thread(target=self._run, name="decoder")
@@ -287,8 +290,7 @@ class Driver:
         """Accept a text. Raises Refused with status 503 if the queue is full, 400 for token ids out of range."""
         grammar, most = asked.grammar, self.decoder.sequences + self.limits.queue
         scores = Scores(grammar) if grammar is not None or asked.top is not None else None
-        ends = {*Sampling.of(self.decoder.generation_config).stop, *_end(self.tokenizer)}
-        sampling = Sampling(asked.temperature, 0, asked.top_p, ends, asked.seed, scores)
+        sampling = Sampling(asked.temperature, 0, asked.top_p, self.ends, asked.seed, scores)
         with self.changed:
             if len(self.live) >= most:
                 rounds = self.decoder.waiting / self.decoder.sequences
@@ -370,8 +372,10 @@ class Driver:
         return Logprob(str(decode([token])), float(logprobs[token]), offset, top)
 
 
-def _end(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+def _ends(decoder: PooledDecoder, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a text."""
+    own = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    return {*Sampling.of(decoder.generation_config).stop, *own}
 
 
 def _first_line(text: object) -> str:
@@ -386,7 +390,7 @@ class Reader:
 
     def __init__(self, decoder: PooledDecoder, tokenizer: PreTrainedTokenizerBase, name: str, limits: Limits) -> None:
         self.decoder, self.tokenizer, self.name, self.limits = decoder, tokenizer, name, limits
-        ends = sorted({*Sampling.of(decoder.generation_config).stop, *_end(tokenizer)})
+        ends = sorted(_ends(decoder, tokenizer))
         size = max(decoder.vocabulary, len(tokenizer))
         self.grammars = llguidance.hf.from_tokenizer(tokenizer, size, ends) if tokenizer.is_fast and ends else None
 

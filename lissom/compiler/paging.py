@@ -8,6 +8,7 @@ move to temporary files, which have no name, so that nothing is left behind. `ta
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import re
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -166,6 +167,20 @@ def empty_on_disk(size: int) -> torch.Tensor:
             f"{folder} has no room for {size / 1e6:.3g} MB of weights while the model is compiled ({error.strerror}); "
             f"set TMPDIR to a folder with more room"
         ) from error
+
+
+def empty_values(shape: Sequence[int]) -> torch.Tensor:
+    """A tensor of float32 on the CPU, on the disk if it is large. Raises UnsupportedError if that is full."""
+    size = 4 * math.prod(shape)
+    if size < SPILLED:
+        return torch.empty(*shape, dtype=torch.float32, device="cpu")
+    return empty_on_disk(size).view(torch.float32).view(*shape)
+
+
+def release(values: torch.Tensor) -> None:
+    """Let the memory of a tensor of `empty_values` go, if it is on the disk; it is read again when it is needed."""
+    if values.nbytes >= SPILLED:
+        let_go(values.data_ptr(), values.nbytes)
 
 
 def let_go(address: int, size: int) -> None:

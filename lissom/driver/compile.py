@@ -44,7 +44,7 @@ from lissom.driver.options import (
 )
 from lissom.driver.payoff import Payoff
 from lissom.driver.ranks import Unlowered, compile_for_ranks
-from lissom.driver.room import default_passes, from_disk
+from lissom.driver.room import from_disk, with_default_passes
 from lissom.errors import InputError, LissomError, UnsupportedError
 from lissom.frontends.capture.device import check_device, device_of
 from lissom.frontends.capture.export import Capture, capture
@@ -75,8 +75,7 @@ def compile_by_class(
 @compile_by_class.register(Path)
 def _(name: str | Path, example_inputs: Inputs | None, settings: Settings) -> CompiledModel | TextModel:
     source = load(str(name), with_inputs=example_inputs is None)
-    if settings.passes is None:
-        settings = replace(settings, passes=default_passes(source.model, settings.backend, settings.device))
+    settings = with_default_passes(settings, source.model)
     with from_disk(source.model, settings.passes):
         return compile_model(source.model, source.example_inputs if example_inputs is None else example_inputs, settings)
 

@@ -6,7 +6,9 @@ import re
 import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from lissom.backends.base import Backend
 from lissom.backends.eager.backend import Eager
 from lissom.compiler.paging import folder_of_files, is_large, paged
 from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.driver.options import resolve_passes
+from lissom.driver.options import BuildSettings, resolve_passes
 from lissom.errors import UnsupportedError
 from lissom.frontends.checkpoints.stored_weights import PackedWeight, describe_stored, stored_form
 from lissom.ops.block_formats import BLOCK_FORMATS
@@ -24,6 +26,7 @@ from lissom.ops.native import missing_weight_quantized_kernel
 from lissom.passes.quantize.quantize import Quantize
 from lissom.passes.quantize.use_stored_weights import UseStoredWeights
 
+Options = TypeVar("Options", bound=BuildSettings)
 _BITS = {"int4": 5.0, "int8": 8.5, "auto": 8.5, "fp8": 8.5} | {form.name: form.bits for form in BLOCK_FORMATS.values()}
 """Bits of a quantized weight, with its scales, by the beginning of a scheme's name."""
 _STORED = 6.5
@@ -39,6 +42,13 @@ def default_passes(model: nn.Module, backend: str | Backend, device: str | torch
     if not on_cpu or missing_weight_quantized_kernel(torch.float32, torch.device("cpu")) or not describe_stored(model):
         return "exact"
     return UseStoredWeights.name()
+
+
+def with_default_passes(settings: Options, model: nn.Module) -> Options:
+    """The settings for such a model, with the default passes where none are given."""
+    if settings.passes is not None:
+        return settings
+    return replace(settings, passes=default_passes(model, settings.backend, settings.device))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from lissom.compiler.pipeline.pass_kinds import Pass, Training
 from lissom.driver.compile import compile_captured, with_facts
 from lissom.driver.keywords import keywords_of
 from lissom.driver.options import LABELS, BuildSettings, Inputs, check_choices, check_settings, resolve_passes
-from lissom.driver.room import default_passes, from_disk
+from lissom.driver.room import Options, from_disk, with_default_passes
 from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.capture.device import check_device, device_of
 from lissom.frontends.capture.export import Capture
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from lissom.generation.model import GenerationModel
 
 Made = TypeVar("Made")
-Options = TypeVar("Options", bound=BuildSettings)
 
 
 @keywords_of(GenerationSettings)
@@ -105,8 +104,7 @@ def with_model(model: nn.Module | str | Path, settings: Options, make: Callable[
     if not isinstance(model, (str, Path)):
         return make(model, settings)
     loaded = load(str(model), with_inputs=False).model
-    if settings.passes is None:
-        settings = replace(settings, passes=default_passes(loaded, settings.backend, settings.device))
+    settings = with_default_passes(settings, loaded)
     with from_disk(loaded, settings.passes):
         return make(loaded, settings)
 

@@ -38,7 +38,6 @@ OPTIONS: dict[str, Refusal] = {
     "option unknown": (UnsupportedError, "has no option 'pases'; did you mean 'passes'?", lambda: asked(pases="exact")),
     "option of inductor": (UnsupportedError, "has no option 'triton.cudagraphs'", lambda: given({"triton.cudagraphs": True})),
     "option a number": (UnsupportedError, "has no option 1; it has passes", lambda: given({1: 2})),
-    "passes none": (UnsupportedError, "passes= is None;", lambda: asked(passes=None)),
     "passes unknown": (PipelineTextError, "did you mean 'quantize'?", lambda: asked(passes="quantise")),
     "passes a class": (UnsupportedError, "passes= is the class RemoveNoOps;", lambda: asked(passes=RemoveNoOps)),
     "backend unknown": (UnsupportedError, "did you mean 'eager'?", lambda: asked(backend="egaer")),

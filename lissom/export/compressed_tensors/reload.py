@@ -109,10 +109,14 @@ def reload(
         return Reloaded(outputs, unrounded, json.loads((Path(exchange) / _HASHES).read_text(encoding="utf-8")))
 
 
-def error_of(outputs: Sequence[torch.Tensor], program: Program, example: Sample) -> float:
-    """The largest relative error of outputs to a program's; infinite if they differ in number or shape."""
+def outputs_of(program: Program, example: Sample) -> list[torch.Tensor]:
+    """The outputs of a program, on the CPU."""
     with torch.no_grad():
-        wanted = [leaf.cpu() for leaf in program.run(example) if isinstance(leaf, torch.Tensor)]
+        return [leaf.cpu() for leaf in program.run(example) if isinstance(leaf, torch.Tensor)]
+
+
+def error_of(outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    """The largest relative error of outputs; infinite if they differ in number or shape."""
     if not wanted or [leaf.shape for leaf in outputs] != [leaf.shape for leaf in wanted]:
         return float("inf")
     return max(map(relative_error, wanted, outputs))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from lissom.compiler.verify.divergence import tolerance_of
 from lissom.errors import UnsupportedError
 from lissom.export.checkpoint import plain_model
 from lissom.export.compressed_tensors.layers import notes, placed, width_multiple
-from lissom.export.compressed_tensors.reload import Reloaded, arguments_of, error_of, hash_of, reload
+from lissom.export.compressed_tensors.reload import arguments_of, error_of, hash_of, outputs_of, reload
 from lissom.export.compressed_tensors.schemes import Layer, check_fused, check_loads, layers_of
 from lissom.export.quantized_weights import in_floating_point, quantized_weights
 from lissom.ops.formats import FORMATS
@@ -92,7 +92,6 @@ def write_compressed(
     _check_library(model)
     arguments_of(program, model, example)
     made = _quantized_model(program, model, example)
-    schemes = {path: layer.scheme for path, layer in made.layers.items()}
     errors: list[_Errors] = []
 
     def write(folder: Path) -> None:
@@ -102,9 +101,9 @@ def write_compressed(
 
     write_directory(directory, write)
     said = made.notes
-    if any(scheme.inputs is not None for scheme in schemes.values()):
+    if made.rounds_inputs:
         said = (*said, _describe_rounding(errors[0]))
-    kinds = Counter(map(str, schemes.values()))
+    kinds = Counter(str(layer.scheme) for layer in made.layers.values())
     megabytes = sum(file.stat().st_size for file in directory.iterdir()) / 1e6
     return CompressedCheckpoint(dict(kinds.most_common()), megabytes, errors[0].rounded, (*said, _NOT_COMPARED))
 
@@ -116,6 +115,11 @@ class _QuantizedModel:
     model: Any
     layers: Mapping[str, Layer]
     notes: tuple[str, ...]
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """True if inputs of layers are quantized too."""
+        return any(layer.scheme.inputs is not None for layer in self.layers.values())
 
 
 def _quantized_model(program: Program, model: PreTrainedModel, example: Sample) -> _QuantizedModel:
@@ -217,9 +221,10 @@ def _confirm(program: Program, model: PreTrainedModel, example: Sample, folder: 
             f"layers, '{differing[0]}' first, so it is not written"
         )
     unrounded = program
-    if any(layer.scheme.inputs is not None for layer in made.layers.values()):
+    if made.rounds_inputs:
         unrounded, _ = Pipeline([_KeepInputs()], [example], checks="off").run(program)
-    error, allowed = error_of(loaded.unrounded, unrounded, example), tolerance_of(program)
+    wanted = outputs_of(unrounded, example)
+    error, allowed = error_of(loaded.unrounded, wanted), tolerance_of(program)
     if not error <= allowed:
         raise UnsupportedError(
             f"a compressed-tensors checkpoint of {type(model).__name__} cannot hold this program: loaded by transformers, it "
@@ -228,14 +233,20 @@ def _confirm(program: Program, model: PreTrainedModel, example: Sample, folder: 
         )
     if unrounded is program:
         return _Errors(error, error)
-    return _Errors(_checked_rounding(loaded, program, unrounded, example), error)
+    return _Errors(_checked_rounding(program, example, loaded.outputs, wanted), error)
 
 
-def _checked_rounding(loaded: Reloaded, program: Program, unrounded: Program, example: Sample) -> float:
-    """The relative error of outputs whose inputs of layers the library rounds. Raises UnsupportedError if it is too large."""
-    error = error_of(loaded.outputs, program, example)
-    with torch.no_grad():
-        effect = error_of([leaf for leaf in unrounded.run(example) if isinstance(leaf, torch.Tensor)], program, example)
+def _checked_rounding(
+    program: Program, example: Sample, outputs: Sequence[torch.Tensor], unrounded: Sequence[torch.Tensor]
+) -> float:
+    """The relative error of outputs whose inputs of layers the library rounds. Raises UnsupportedError if it is too large.
+
+    Args:
+        outputs: of the library.
+        unrounded: those of the program with the inputs of layers in floating point.
+    """
+    wanted = outputs_of(program, example)
+    error, effect = error_of(outputs, wanted), error_of(unrounded, wanted)
     if not error <= _ROUNDINGS * effect + tolerance_of(program):
         raise UnsupportedError(
             f"transformers rounds the inputs of layers of {program.name} otherwise: its outputs differ by {error:.2g} "

@@ -105,11 +105,10 @@ def read_weights(program: Program, model: nn.Module, norm_offset: float) -> dict
     originals = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, Weight] = {name: weight.detach().cpu() for name, weight in program.weights().items()}
     for weight in quantized_weights(program):
-        stored, order = weight.stored, weight.order
-        kept = (
-            (blocks_of(stored) or in_floating_point(stored)) if order is None else in_floating_point(stored)[:, order.argsort()]
-        )
-        weights[weight.name] = kept
+        if weight.order is None:
+            weights[weight.name] = blocks_of(weight.stored) or in_floating_point(weight.stored)
+        else:
+            weights[weight.name] = in_floating_point(weight.stored)[:, weight.order.argsort()]
     for node in program.nodes(torch.ops.aten.rms_norm.default):
         scale = attribute_of(nodes.argument(node, "weight"))
         if scale is not None and str(scale.target) not in originals:

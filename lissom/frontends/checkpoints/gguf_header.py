@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import gguf
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 
-from lissom.compiler.paging import SPILLED, empty_on_disk, let_go
+from lissom.compiler.paging import SPILLED, empty_values, release
 from lissom.ops.gguf_blocks import BLOCK_TYPES, unpack_blocks
 
 _DEQUANTIZE = gguf.dequantize
@@ -58,24 +57,17 @@ def dequantize(blocks: Any, kind: GGMLQuantizationType) -> Any:
         return _DEQUANTIZE(blocks, kind)
     columns = blocks.shape[-1] // known.bytes * known.size
     rows = blocks.reshape(-1, blocks.shape[-1])
-    values, step = _empty((len(rows), columns)), max(1, _AT_ONCE // columns)
+    values, step = empty_values((len(rows), columns)), max(1, _AT_ONCE // columns)
     for start in range(0, len(rows), step):
         stored = torch.from_numpy(np.array(rows[start : start + step], dtype=np.uint8))
         unpacked = unpack_blocks(stored.flatten(), known, len(stored), columns)
-        values[start : start + step] = unpacked.dequantize(slice(None)).view(len(stored), columns).numpy()
-    if values.nbytes >= SPILLED:
-        let_go(values.ctypes.data, values.nbytes)
-    return values.reshape(*blocks.shape[:-1], columns)
+        values[start : start + step] = unpacked.dequantize(slice(None)).view(len(stored), columns)
+    release(values)
+    return values.numpy().reshape(*blocks.shape[:-1], columns)
 
 
 _AT_ONCE = 1 << 18
 """The values that are computed at once, in the cache of the processor."""
-
-
-def _empty(shape: tuple[int, ...]) -> Any:
-    """An array of float32, on the disk if it is large. Raises UnsupportedError if that is full."""
-    size = 4 * math.prod(shape)
-    return np.empty(shape, np.float32) if size < SPILLED else empty_on_disk(size).numpy().view(np.float32).reshape(shape)
 
 
 class OnDisk:
@@ -93,7 +85,7 @@ class OnDisk:
             return array.copy()
         if not array.flags.owndata and array.flags.c_contiguous and isinstance(_memory(array), torch.Tensor):
             return array
-        copied = _empty(array.shape)
+        copied = empty_values(array.shape).numpy()
         copied[...] = array
         return copied
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from lissom.compiler.paging import SPILLED, empty_on_disk, let_go
+from lissom.compiler.paging import empty_values, release
 from lissom.ops.gguf_blocks import StoredBlocks
 
 WORD = 32
@@ -110,17 +110,3 @@ def in_float32(tensor: torch.Tensor) -> torch.Tensor:
     values.copy_(tensor)
     release(values)
     return values
-
-
-def empty_values(shape: torch.Size) -> torch.Tensor:
-    """A tensor of float32, on the disk if it is large. Raises UnsupportedError if that is full."""
-    size = 4 * shape.numel()
-    if size < SPILLED:
-        return torch.empty(shape, dtype=torch.float32, device="cpu")
-    return empty_on_disk(size).view(torch.float32).view(shape)
-
-
-def release(values: torch.Tensor) -> None:
-    """Let the memory of a tensor on the disk go; it is read again when it is needed."""
-    if values.nbytes >= SPILLED:
-        let_go(values.data_ptr(), values.nbytes)

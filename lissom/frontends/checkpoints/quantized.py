@@ -23,6 +23,8 @@ from lissom.frontends.checkpoints.stored_weights import PackedWeight, keep_store
 
 METHODS = ("compressed-tensors", "gptq", "awq")
 """The values of quant_method that are read here; transformers reads others, where their packages are installed."""
+FIELDS = ("quantization_config", "compression_config")
+"""The fields of config.json with a quantization configuration."""
 _OF_AUTOGPTQ = "quantize_config.json"
 _TRANSPOSED = "Conv1D"
 """The linear layer of GPT-2, whose weight is [in, out] in the model, and [out, in] like any other in the files."""
@@ -81,7 +83,7 @@ def quantization_config(directory: Path, fields: Mapping[str, object]) -> Quanti
     """
     text = fields.get("text_config")
     for holder in (fields, text if isinstance(text, dict) else {}):
-        for name in ("quantization_config", "compression_config"):
+        for name in FIELDS:
             found = cast("Mapping[str, object]", holder).get(name)
             if isinstance(found, dict):
                 given = cast("Mapping[str, object]", found)

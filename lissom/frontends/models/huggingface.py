@@ -22,7 +22,7 @@ from lissom.errors import ArtifactError, UnsupportedError, nearest
 from lissom.frontends.capture.failures import first_line
 from lissom.frontends.capture.isolation import exchanged, only_errors
 from lissom.frontends.checkpoints.gguf import keep_blocks
-from lissom.frontends.checkpoints.quantized import QuantizationConfig, quantization_config, read_quantized
+from lissom.frontends.checkpoints.quantized import FIELDS, QuantizationConfig, quantization_config, read_quantized
 from lissom.frontends.checkpoints.shards import check_shards
 from lissom.frontends.checkpoints.stored_weights import describe_stored
 from lissom.frontends.models.huggingface_inputs import SENTENCES, encode, make_inputs
@@ -244,7 +244,7 @@ def _load_quantized(
 
     config: Any = transformers.AutoConfig.from_pretrained(directory, **_LOCAL)
     for part in (config, getattr(config, "text_config", None)):
-        for name in ("quantization_config", "compression_config"):
+        for name in FIELDS:
             if hasattr(part, name):
                 delattr(part, name)
     make = getattr(model_class, "from_config", model_class)
