@@ -1,6 +1,6 @@
 """Load test of examples/serve_chat.py: every accepted answer is compared with the one computed alone, and memory is watched.
 
-    python benchmarks/chat_load.py
+    python benchmarks/chat_load.py --update
     python benchmarks/chat_load.py --model gemma3-270m --requests 2000
     python benchmarks/chat_load.py --model gemma3-270m --passes balanced --requests 0 --streams --peer --update
 
@@ -332,7 +332,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Run the test and print the tables."""
     options = parse()
-    tables, faults = list[list[str]](), list[str]()
+    tables, faults = dict[str, list[str]](), list[str]()
     with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile("w", suffix=".log") as log:
         model = options.model or str(Path(folder) / "small")
         if options.model is None:
@@ -340,17 +340,18 @@ def main() -> None:
         if options.requests:
             result = load_test(options, model, log)
             rows = [f"| {name} | {value} |" for name, value in result.outcomes.items()]
-            tables.append(["| load test | |", "|---|---:|", *rows])
+            tables["chat_load"] = ["| load test | |", "|---|---:|", *rows]
             faults += result.faults
         if options.streams:
-            tables.append(stream_rows(options, model, log))
-    text = "\n\n".join("\n".join(table) for table in tables) + f"\n\n{options.model or 'a small Llama'}. {conditions()}.\n"
-    print(text)
+            tables["chat_streams"] = stream_rows(options, model, log)
+    last = f"{options.model or 'a small Llama'}. {conditions()}."
+    texts = {name: "\n".join([*rows, "", last, ""]) for name, rows in tables.items()}
+    print(*texts.values(), sep="\n")
     if faults:
         print(f"{len(faults)} faults, the first:", *faults[:20], sep="\n", file=sys.stderr)
         raise SystemExit(1)
-    if options.update:
-        put_table("chat_load", text, by_processor=True)
+    for name, text in texts.items() if options.update else ():
+        put_table(name, text, by_processor=True)
 
 
 if __name__ == "__main__":
