@@ -1,8 +1,8 @@
 """Continuous batching: texts join and leave the calls of one program.
 
 There is no thread of its own. Whoever waits for a token of a text makes the next call for all texts, and the others wait for
-it. Calls alternate between the next piece of one prompt and the next token of every text that is being answered, so that a long
-prompt delays answers by one piece at a time.
+it. A call has the next token of every text that is being answered, and pieces of prompts, so that a long prompt delays answers
+by a piece at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from lissom.generation.sampling import Sampling
 from lissom.generation.slots import Region, Slots
 
 PIECE = 128
-"""The most tokens of a prompt in one call."""
+"""The most tokens of prompts in one call."""
+BESIDE = 64
+"""The same where texts are being answered, which wait for the call."""
 
 
 class Reader(Protocol):
@@ -76,10 +78,9 @@ class Text:
         """The number of its tokens that are not."""
         return len(self.ids) - self.held
 
-    @property
-    def piece(self) -> list[int]:
-        """The tokens for the next call. Pieces end at the same tokens whether the start is shared or not."""
-        return self.ids[self.held : self.held // PIECE * PIECE + PIECE]
+    def piece(self, size: int) -> list[int]:
+        """The tokens for the next call, at most so many. Pieces end at the same tokens whether the start is shared or not."""
+        return self.ids[self.held : self.held // size * size + size]
 
     def take(self, logits: torch.Tensor) -> None:
         """Choose the next token.
@@ -106,7 +107,6 @@ class Batching:
         self._slots = reader.new_slots()
         self._waiting: deque[Text] = deque()
         self._running: list[Text] = []
-        self._read_prompt = False  # whether the last call read a piece of a prompt
         self._lock = threading.Lock()  # of the queues
         self._turn = threading.Lock()  # of the calls
 
@@ -166,14 +166,11 @@ class Batching:
         with self._lock:
             self._admit()
             running = list(self._running)
-        prompts = [text for text in running if text.unread > 1]
-        answers = [text for text in running if text.unread == 1]
-        self._read_prompt = bool(prompts) and (not answers or not self._read_prompt)
-        chosen = prompts[:1] if self._read_prompt else answers
+        chosen = _next_tokens(running)
         if not chosen:
             return
         try:
-            logits = self._reader.read([(text.region, text.piece) for text in chosen if text.region is not None])
+            logits = self._reader.read([(text.region, ids) for text, ids in chosen.items() if text.region is not None])
             for text, row in zip(chosen, logits.split(1), strict=True):
                 if not text.unread and not text.is_finished:
                     _take(text, row)
@@ -197,6 +194,17 @@ class Batching:
                 return
             text.region = region
             self._running.append(self._waiting.popleft())
+
+
+def _next_tokens(running: Sequence[Text]) -> dict[Text, list[int]]:
+    """The tokens of the next call: those of all answers, and pieces of prompts in order, as many as there is room for."""
+    chosen = {text: text.ids[-1:] for text in running if text.unread == 1}
+    size = room = BESIDE if chosen else PIECE
+    for text in running:
+        if (text.unread > 1 and room == size) or 1 < text.unread <= room:
+            chosen[text] = text.piece(size)
+            room -= len(chosen[text])
+    return chosen
 
 
 def _take(text: Text, logits: torch.Tensor) -> None:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class PooledDecoder(FixedModule):
     """A causal language model with a pool of KV-cache slots, which many texts share; made by `lissom.compile_pool`.
 
-    Texts join and leave between calls: a call has the next token of every text that is being answered, or the next piece of one
-    prompt. A prompt that begins as an earlier one reuses its keys and values. All methods may be called from several threads.
+    Texts join and leave between calls: a call has the next token of every text that is being answered, and pieces of prompts. A
+    prompt that begins as an earlier one reuses its keys and values. All methods may be called from several threads.
 
     Attributes:
         program: the optimized program.

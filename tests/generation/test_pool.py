@@ -74,10 +74,14 @@ def test_calibration_texts_are_read_one_by_one() -> None:
 
 def test_a_prompt_in_pieces_does_not_stop_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "PIECE", 8)
-    found, (short, long) = pool("llama"), texts(4, 50, seed=7)
+    monkeypatch.setattr(batching, "BESIDE", 4)
+    found, (short, long) = pool("llama"), texts(4, 30, seed=7)
+    lengths, read = list[list[int]](), found.read
+    monkeypatch.setattr(found, "read", lambda parts: (lengths.append([len(ids) for _, ids in parts]), read(parts))[1])
     stream, other = found.stream(short, NEW, GREEDY), found.stream(long, NEW, GREEDY)
     first = next(stream)
-    late = next(other)  # the long prompt takes seven calls, and answers to the short one come in between
+    late = next(other)
+    assert lengths == [[4], *[[1, 4]] * 7, [1, 2]]
     assert found.running == 2
     assert [first, *stream] == alone("llama")(short)
     assert [late, *other] == alone("llama")(long)

@@ -280,3 +280,44 @@ def test_few_queries_are_independent_of_each_other(dtype, heads, window):
             assert torch.equal(
                 fused_attention(q[:, :, begin:end], k, v, mask[:, :, begin:end], scale=0.3), whole[:, :, begin:end]
             )
+
+
+def sequences_mask(lengths, window=None):
+    """The queries of sequences, each of its own 300 slots: so many for each, which see those before and with them."""
+    slots, parts = torch.arange(300 * len(lengths)), list[torch.Tensor]()
+    for index, length in enumerate(lengths):
+        own = 300 * index + 100 + torch.arange(length)[:, None]
+        seen = (slots >= 300 * index) & (slots <= own)
+        parts.append(seen if window is None else seen & (slots > own - window))
+    return torch.cat(parts)[None, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(4, 1), (4, 4), (3, 1)])
+@pytest.mark.parametrize("lengths", [(60, 1, 1, 1), (1, 1, 40, 1, 20, 1, 1), (1,) * 40, (17, 16, 18), (9, 9, 9)])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "sinks": torch.tensor([0.5]).view(1, 1, 1)}, {"window": 21}])
+def test_sequences_of_one_call_are_independent_of_each_other(dtype, heads, lengths, options):
+    window, options = options.get("window"), {name: value for name, value in options.items() if name != "window"}
+    mask = sequences_mask(lengths, window)
+    keys, queries = mask.shape[-1], sum(lengths)
+    q = numbers(1, queries, heads[0], 32, dtype=dtype).transpose(1, 2)
+    k, v = (numbers(1, heads[1], keys, 32, dtype=dtype, seed=seed) for seed in (1, 2))
+    found = fused_attention(q, k, v, mask, scale=0.3, **options)
+    wanted = fused_attention_reference(q.float(), k.float(), v.float(), mask, scale=0.3, **options)
+    assert relative_error(wanted, found.float()) <= ALLOWED[dtype]
+    for part, length in enumerate(lengths):
+        begin = sum(lengths[:part])
+        own = slice(begin, begin + length)
+        alone = fused_attention(q[:, :, own], k, v, mask[:, :, own], scale=0.3, **options)
+        assert torch.equal(alone, found[:, :, own])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sequences_of_a_causal_call(dtype):
+    """Causality hides keys that the mask shows."""
+    q, k, v = (numbers(1, 2, 600, 32, dtype=dtype, seed=seed) for seed in range(3))
+    mask = sequences_mask((300, 1)).flatten(0, 2)
+    mask = torch.cat([mask[:300], mask[300:].expand(300, -1)])[None, None]
+    found = fused_attention(q, k, v, mask, scale=0.3, causal=True)
+    wanted = fused_attention_reference(q.float(), k.float(), v.float(), mask, scale=0.3, causal=True)
+    assert relative_error(wanted, found.float()) <= ALLOWED[dtype]

@@ -36,6 +36,14 @@ struct Attention {
   const Cache* value(int64_t b, int64_t group, int64_t token) const { return v + v_strides.at(b, group, token); }
   const float* sink(int64_t b, int64_t h) const { return sinks ? sinks + b * sink_batch + h * sink_head : nullptr; }
   T* output(int64_t b, int64_t h, int64_t row) const { return y + ((b * queries + row) * heads + h) * value_dim; }
+
+  // Some queries of a call of one batch with a mask.
+  Attention part(int64_t begin, int64_t end) const {
+    Attention found(*this);
+    found.q += begin * q_strides.row, found.mask += begin * bias_strides.row, found.y = output(0, 0, begin);
+    found.queries = end - begin, found.band = band.after(begin);
+    return found;
+  }
 };
 
 // Packs the columns of a matrix into panels, padded with zeros: `inner` values on the reduction axis with stride `along`,
@@ -477,8 +485,7 @@ void few_rows(const Attention<T, Cache>& call, const VisibleKeys& visible_keys) 
 }
 
 template <typename T>
-void run(const Attention<T>& call) {
-  VisibleKeys visible_keys(call);
+void run(const Attention<T>& call, const VisibleKeys& visible_keys) {
   if (call.queries <= kFewRows && call.k_strides.column == 1 && call.v_strides.column == 1) return few_rows(call, visible_keys);
   int64_t threads = at::get_num_threads(), heads = call.batch * call.heads, shared = call.heads / call.key_heads;
   // With few heads, the rows of a head are split among threads too; each share packs the keys again.
@@ -502,6 +509,24 @@ void run(const Attention<T>& call) {
     if (amx.load(std::memory_order_relaxed) && call.queries >= kFewestAmxRows)
       return all_heads(T{}, [&](auto&&... sizes) { head_by_tiles(call, visible_keys, sizes...); });
   with_operand<T>([&](auto zero) { all_heads(zero, [&](auto&&... sizes) { head(call, visible_keys, sizes...); }); });
+}
+
+// The queries of several sequences in one call see keys that lie apart: those of each are computed on their own, or few together.
+template <typename T>
+void run(const Attention<T>& call) {
+  const VisibleKeys visible_keys(call);
+  if (call.batch > 1 || call.queries <= kFewRows || !call.mask || call.bias_strides.head) return run(call, visible_keys);
+  int64_t begin = 0;
+  auto run_until = [&](int64_t end) {
+    if (begin < end) run(call.part(begin, end), visible_keys.after(begin));
+    begin = end;
+  };
+  for (int64_t row = 0, end; row < call.queries; row = end) {
+    end = visible_keys.end_of_neighbours(row, call.queries, FewKeys::kHole);
+    if (end - begin > kFewRows) run_until(row);
+    if (end - row > kFewRows) run_until(end);
+  }
+  run_until(call.queries);
 }
 
 // Several calls of one batch each, of the same heads; their heads are divided among threads together.

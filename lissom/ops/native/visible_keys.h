@@ -96,6 +96,7 @@ class VisibleKeys {
 
   Span of(int64_t b, int64_t h, int64_t row) const {
     Span found{0, keys_};
+    row += first_;
     if (!spans_.empty()) {
       int64_t head = heads_ > 1 ? h : 0, query = queries_ > 1 ? row : 0;
       found = spans_[b * per_batch_ + head * queries_ + query];
@@ -112,8 +113,26 @@ class VisibleKeys {
     return found;
   }
 
+  // Those of the queries that follow so many.
+  VisibleKeys after(int64_t rows) const {
+    VisibleKeys found(*this);
+    found.first_ += rows;
+    return found;
+  }
+
+  // One past the last of the queries from `begin` on whose keys lie together: more than `hole` keys that none of them sees end these.
+  int64_t end_of_neighbours(int64_t begin, int64_t end, int64_t hole) const {
+    Span whole = of(0, 0, begin);
+    for (++begin; begin < end; ++begin) {
+      Span next = of(0, 0, begin), both = joined(whole, next);
+      if (both.end - both.begin > whole.end - whole.begin + next.end - next.begin + hole) break;
+      whole = both;
+    }
+    return begin;
+  }
+
  private:
-  int64_t keys_, heads_ = 1, queries_ = 1, per_batch_ = 0;
+  int64_t keys_, heads_ = 1, queries_ = 1, per_batch_ = 0, first_ = 0;
   Band band_;
   std::vector<Span> spans_;
 };
