@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from lissom.integrations.registration import register_with_libraries
 from lissom.shadowing import refuse_shadows
+from lissom.threads import shorten_waiting
 from lissom.version import __version__
 
-# Before torch is imported, which a file of the current directory may hide.
+# Before torch is imported, which a file of the current directory may hide, and which loads OpenMP.
 refuse_shadows()
+shorten_waiting()
 
 if TYPE_CHECKING:
     from lissom.api import Optimized, compile, optimize
