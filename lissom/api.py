@@ -20,6 +20,7 @@ from lissom.errors import UnsupportedError
 from lissom.export.checkpoint import save_checkpoint
 from lissom.export.compressed_tensors.writer import CompressedCheckpoint, write_compressed
 from lissom.export.gguf.writer import Dtype, GgufFile, write_gguf
+from lissom.export.pt2 import Pt2Package, write_pt2
 from lissom.frontends.models.adapters import with_merged_adapters
 from lissom.inspect.report import Report
 from lissom.io.files import check_path
@@ -177,6 +178,26 @@ class Optimized:
         model = self._transformers_model("GGUF file", tokenizer)
         tokenizer = self._own_tokenizer("a GGUF file", tokenizer, model)
         return write_gguf(self.program, model, self._example, check_path(path), tokenizer, dtype)
+
+    def export_pt2(self, path: str | Path) -> Pt2Package:
+        """Compile the program into a package of AOTInductor, a `.pt2` file, which PyTorch loads without Lissom.
+
+        In Python `torch._inductor.aoti_load_package(path)` gives a function of the inputs, contiguous tensors in order, to a
+        list of tensors; in C++ there is `torch::inductor::AOTIModelPackageLoader`. Free dimensions stay free. The package runs
+        on processors with the instructions of this one, with the same version of PyTorch. A fresh process has called it before
+        the file is written, completely or not at all.
+
+        Returns:
+            Names, dtypes and shapes of inputs and outputs, the size, and the relative error in the fresh process.
+            `get_metadata()` of the loaded package has the names too.
+
+        Raises:
+            UnsupportedError: if there is no C++ compiler, or TorchInductor cannot compile the program, such as one with
+                quantized layers on a CPU.
+            VerifyError: if the package gives other outputs than the program.
+            ArtifactError: if the file cannot be written.
+        """
+        return write_pt2(self.program, self._example, check_path(path))
 
     def _own_tokenizer(self, what: str, tokenizer: Saveable | None, model: Any) -> Saveable | None:
         """The tokenizer that is written: the given one, or that of a pruned vocabulary. Raises UnsupportedError."""

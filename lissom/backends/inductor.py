@@ -29,6 +29,7 @@ from lissom.backends.exported import (
     read_json,
     traced_example,
 )
+from lissom.backends.names import input_names, output_names
 from lissom.compiler.ir.operators import RECURRENT_LAYERS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
@@ -178,6 +179,7 @@ def _compile(program: Program, example: Sample, folder: Path) -> Path:
         "aot_inductor.package": True,
         # Not in TorchInductor's cache, which would keep a copy of the weights forever.
         "aot_inductor.output_path": str(folder / "files"),
+        "aot_inductor.metadata": {"inputs": " ".join(input_names(program)), "outputs": " ".join(output_names(program))},
     }
     files = torch._inductor.aot_compile(exported.module(), traced, options=options)
     path = folder / "model.pt2"

@@ -13,7 +13,8 @@ import torch
 from google.protobuf.message import Message
 
 from lissom.backends.exported import kind_and_reason, leaves_of
-from lissom.backends.onnx.export import export_onnx, input_names, output_names, results_of
+from lissom.backends.names import input_names, output_names, results_of
+from lissom.backends.onnx.export import export_onnx
 from lissom.backends.onnx.translation import OPSET
 from lissom.backends.onnx.variants import INTEGERS, RMS_NORMS, write_variant
 from lissom.compiler.ir.program import Program

@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from lissom.backends.base import confirm
 from lissom.backends.exported import kind_and_reason
-from lissom.backends.onnx.export import export_onnx, input_names, output_names, save_onnx, state_names
+from lissom.backends.names import input_names, output_names, state_names
+from lissom.backends.onnx.export import export_onnx, save_onnx
 from lissom.backends.onnx.integer_matmul import PRODUCTS
 from lissom.backends.onnx.quantized_layers import Layer, quantized_layers, simulated
 from lissom.backends.onnx.sparse_attention import CPU_BYTES, OTHER_BYTES

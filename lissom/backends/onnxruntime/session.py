@@ -17,7 +17,7 @@ from torch import fx
 
 from lissom.backends.exported import device_of, leaves_of
 from lissom.backends.microbatches import Cutting
-from lissom.backends.onnx.export import input_names, output_names, results_of, state_names
+from lissom.backends.names import input_names, output_names, results_of, state_names
 from lissom.backends.onnx.state import shared_states
 from lissom.backends.onnxruntime.stored import check_interface
 from lissom.backends.simulated_layers import SimulatedLayer

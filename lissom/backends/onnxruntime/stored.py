@@ -11,7 +11,8 @@ import onnxruntime
 import torch
 
 from lissom.backends.base import WEIGHTS_FILE
-from lissom.backends.onnx.export import WEIGHTS, input_names, output_names, results_of, state_names
+from lissom.backends.names import input_names, output_names, results_of, state_names
+from lissom.backends.onnx.export import WEIGHTS
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.errors import ArtifactError

@@ -13,7 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lissom
-from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
+from lissom.backends.names import input_names
+from lissom.backends.onnx.export import export_onnx, save_onnx
 from lissom.backends.onnx.quantized_layers import quantized_layers, simulated
 from lissom.backends.onnx.variants import INTEGERS, write_check, write_variant
 from tests.support import captures

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
+from lissom.backends.names import input_names
+from lissom.backends.onnx.export import export_onnx, save_onnx
 from lissom.backends.onnx.variants import ATTENTION, PAIRS, write_variant
 from lissom.backends.onnxruntime.variant_search import Timed, affordable_lengths, tell_lengths
 from lissom.compiler.verify.divergence import relative_error

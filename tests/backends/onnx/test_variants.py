@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
+from lissom.backends.names import input_names
+from lissom.backends.onnx.export import export_onnx, save_onnx
 from lissom.backends.onnx.variants import ATTENTION, CHOICES, PROJECTIONS, RMS_NORMS, ROTARY, write_variant
 from lissom.frontends.capture.export import capture
 from lissom.ops import rotary
