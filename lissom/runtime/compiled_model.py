@@ -37,7 +37,6 @@ from lissom.runtime.hosted_model import HostedModel
 from lissom.runtime.layer_timer import ProgramTimer
 from lissom.runtime.pickled import files_of, loaded_from
 from lissom.runtime.tracers import has_memory, refuse_tracer, tracer, untraced, with_memory
-from lissom.threads import release_threads
 
 
 def own_state(model: Program | CompiledModel) -> AbstractContextManager[None]:
@@ -78,7 +77,6 @@ class CompiledModel(HostedModel):
         self._backend = backend
         self._executable = executable
         self._shared = _Shared(program)
-        release_threads()
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """The model's outputs.

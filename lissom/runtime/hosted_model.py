@@ -16,6 +16,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
 from lissom.errors import CaptureError, InputError, UnsupportedError
+from lissom.threads import release_threads
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,6 +41,7 @@ class FixedModule(nn.Module):
         # Its device and dtype tell parent modules where this one is, and show `_apply` what `to` requests.
         self.register_buffer("_place", torch.empty(0, dtype=_dtype_of(program), device=_device_of(program)), persistent=False)
         super().train(False)
+        release_threads()  # those that compiled it: another thread may call it
 
     @property
     def device(self) -> torch.device:
