@@ -90,9 +90,9 @@ class OpenVino(Backend):
 
         folder = Path(mkdtemp(prefix="lissom-"))
         try:
-            layers = write_ir(program, example, folder / XML, decompose=decompose)
+            quantized = write_ir(program, example, folder / XML, decompose=decompose, threads=self._threads)
             network = open_network(program, folder / XML, self._threads)
-            network.set_layers(layers)
+            network.set_layers(quantized)
             confirm(self.name, network, program, example)
         except BaseException:
             shutil.rmtree(folder)

@@ -1,60 +1,88 @@
-"""The IR of a program: its ONNX model in standard operators, with Q/DQ, read by OpenVINO's frontend and written as XML and weights."""
+"""The IR of a program: its ONNX model in standard operators, with Q/DQ, read by OpenVINO's frontend and written to two files."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import onnx_ir as ir
 import openvino
 
-from lissom.backends.onnx.export import export_onnx, save_onnx
-from lissom.backends.onnx.quantized_layers import Layer, quantized_layers
+from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
+from lissom.backends.onnx.quantized_layers import quantized_layers
 from lissom.backends.onnx.translation import check_translatable
 from lissom.backends.onnx.variants import RMS_NORMS, write_variant
-from lissom.backends.openvino.network import reason_of
+from lissom.backends.openvino.integers import Quantized, group_size, leave_rounding, rounded_by_kernels, write_check
+from lissom.backends.openvino.network import GROUP_SIZE, options_of, reason_of
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.errors import UnsupportedError
+from lissom.errors import LissomError, UnsupportedError
 
 
-def write_ir(program: Program, example: Sample, path: Path, *, decompose: bool) -> Mapping[str, Layer]:
-    """Write a lowered program as IR: `path`, an .xml, and its weights beside it, a .bin; returns its quantized layers by name.
+def write_ir(program: Program, example: Sample, path: Path, *, decompose: bool, threads: int) -> Quantized:
+    """Write a lowered program as IR: `path`, an .xml, and its weights beside it, a .bin; returns its quantized layers.
 
     The .bin holds weights in their own precision: integers of four and eight bits as such, float32 as float32.
 
     Args:
         decompose: as for `export_onnx`.
+        threads: for the check of integer products on the example.
 
     Raises:
         UnsupportedError: when PyTorch's exporter or OpenVINO's frontend cannot translate the program.
+        VerifyError: when OpenVINO's integer products are wrong on this processor.
     """
     check_translatable(program, "OpenVINO")
     # The exporter runs translations and decompositions of any operator, and OpenVINO's errors have no common class.
-    with refused(program), TemporaryDirectory(prefix="lissom-") as folder:
+    with _refused(program):
         exported = export_onnx(program, example, decompose)
         layers = quantized_layers(exported)
+        group = group_size(layers)
+        by_kernel = _checked(program, example, exported, group, threads) if layers else set[int]()
+        leave_rounding(exported, by_kernel)
         model = write_variant(exported, [RMS_NORMS], standard=True)[0]
-        names = {value.name: node.name for node in model.graph for value in node.outputs}
+        nodes = {value.name: node.name for node in model.graph for value in node.outputs}
         # Rewrites keep the names of products' outputs, and name the nodes after their modules.
-        named = {
-            names.get(layer.product.outputs[0].name) or f"unnamed {index}": layer for index, layer in enumerate(layers)
-        }
-        onnx_file = save_onnx(model, Path(folder))
-        del exported, model
-        openvino.save_model(openvino.Core().read_model(onnx_file), path, compress_to_fp16=False)
-    return named
+        names = [nodes.get(layer.product.outputs[0].name) or f"unnamed {index}" for index, layer in enumerate(layers)]
+        converted = _read(model)
+        converted.set_rt_info(str(group), list(GROUP_SIZE))
+        openvino.save_model(converted, path, compress_to_fp16=False)
+    return Quantized(dict(zip(names, layers, strict=True)), group, {names[index] for index in by_kernel})
+
+
+def _read(model: ir.Model) -> openvino.Model:
+    with TemporaryDirectory(prefix="lissom-") as folder:
+        # Weights are mapped, and stay readable after the file is deleted.
+        return openvino.Core().read_model(save_onnx(model, Path(folder)))
+
+
+def _checked(program: Program, example: Sample, exported: ir.Model, group: int, threads: int) -> set[int]:
+    """The indices of the layers whose kernels quantize activations per group, after checking every integer product.
+
+    Raises:
+        VerifyError: when a product with static scales is wrong.
+    """
+    model, names = write_check(exported, group)
+    if not names:
+        return set()
+    compiled = openvino.Core().compile_model(
+        _read(write_variant(model, [RMS_NORMS], standard=True)[0]), "CPU", options_of(program, threads, group)
+    )
+    given = {name: tensor.detach().contiguous().numpy() for name, tensor in zip(input_names(program), example, strict=True)}
+    results = compiled.create_infer_request().infer(given)
+    return rounded_by_kernels({name: float(results[name]) for name in names}, names)
 
 
 @contextmanager
-def refused(program: Program) -> Generator[None]:
-    """Raise UnsupportedError for any error of the block, with the reason in one line."""
+def _refused(program: Program) -> Generator[None]:
+    """Raise UnsupportedError for any error of the block but ours, with the reason in one line."""
     try:
         yield
-    except UnsupportedError:
+    except LissomError:
         raise
     except Exception as error:
-        while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        while isinstance(error.__cause__, Exception):
             error = error.__cause__
         raise UnsupportedError(f"OpenVINO cannot run {program.name}: {reason_of(error)}; choose backend 'eager'") from error

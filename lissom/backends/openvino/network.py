@@ -15,13 +15,14 @@ from torch import fx
 
 from lissom.backends.exported import kind_and_reason, leaves_of
 from lissom.backends.onnx.export import input_names, output_names, results_of
-from lissom.backends.onnx.quantized_layers import Layer
-from lissom.backends.openvino.integers import unfused
+from lissom.backends.openvino.executed import kernels, unfused
+from lissom.backends.openvino.integers import Quantized
 from lissom.backends.simulated_layers import SimulatedLayer, account
 from lissom.compiler.analysis.embedding_bounds import vocabulary_size
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.errors import ArtifactError, InputError
+from lissom.ops.quantization import GROUP
 
 TYPES: Mapping[torch.dtype, openvino.Type] = {
     torch.float32: openvino.Type.f32,
@@ -35,6 +36,8 @@ TYPES: Mapping[torch.dtype, openvino.Type] = {
     torch.uint8: openvino.Type.u8,
     torch.bool: openvino.Type.boolean,
 }
+GROUP_SIZE = ("runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
+"""Where an IR says in which groups OpenVINO quantizes activations; OpenVINO itself reads it too."""
 _LEAST, _LARGEST = -(2**31), 2**31 - 1
 """The integers that OpenVINO computes with on a CPU."""
 
@@ -86,12 +89,11 @@ class Network:
         self._idle.append(request)
         return [constant if place is None else results[place] for place, constant in self._leaves]
 
-    def set_layers(self, layers: Mapping[str, Layer]) -> None:
-        """Set `quantized` and `simulated` from the graph that OpenVINO runs, given the quantized layers by name."""
-        if not layers:
-            return
-        self.quantized, self.simulated = len(layers), unfused(self.compiled.get_runtime_model(), layers)
-        self.notes = (account(self.simulated, self.quantized, "OpenVINO's fused Q/DQ and compressed weights"),)
+    def set_layers(self, quantized: Quantized) -> None:
+        """Set `quantized` and `simulated` from the graph that OpenVINO executes."""
+        if quantized.layers:
+            self.quantized, self.simulated = len(quantized.layers), unfused(self.compiled.get_runtime_model(), quantized)
+            self.notes = (account(self.simulated, self.quantized, kernels(quantized, self.simulated)),)
 
     def delete_with(self, folder: Path) -> None:
         """Delete the folder of the IR with this object."""
@@ -115,30 +117,41 @@ class Network:
 
 
 def open_network(program: Program, path: Path, threads: int) -> Network:
-    """Read and compile an IR for the CPU.
-
-    Every option that could change the outputs is set: by default OpenVINO computes float32 in bfloat16 on processors that have
-    it, and quantizes the activations of layers with integer weights.
-
-    Raises:
-        ArtifactError: when its inputs or outputs are not the program's.
-    """
+    """Read and compile an IR for the CPU. Raises ArtifactError when its inputs or outputs are not the program's."""
     core = openvino.Core()
     model = core.read_model(path)
     _check_interface(program, path, model)
-    options = {
+    return Network(program, path, core.compile_model(model, "CPU", options_of(program, threads, _group_of(path, model))))
+
+
+def options_of(program: Program, threads: int, group: int) -> dict[str, str]:
+    """The options of OpenVINO, every one that could change the outputs among them.
+
+    By default OpenVINO computes float32 in bfloat16 on processors that have it, and quantizes the activations of layers with
+    integer weights.
+
+    Args:
+        group: the size of the groups in which activations of layers with integer weights are quantized; 0 where they are not.
+    """
+    return {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
         "INFERENCE_NUM_THREADS": str(threads),
         # PyTorch's threads run on the same cores.
         "ENABLE_CPU_PINNING": "NO",
         "INFERENCE_PRECISION_HINT": _precision(program),
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-        "KV_CACHE_PRECISION": "f32",
-        # Reads and writes no cache of compiled models.
+        GROUP_SIZE[1]: str(group),
+        # No cache of compiled models, which would be read without a check.
         "CACHE_DIR": "",
     }
-    return Network(program, path, core.compile_model(model, "CPU", options))
+
+
+def _group_of(path: Path, model: openvino.Model) -> int:
+    """The size of the groups in which activations are quantized, as the IR says it. Raises ArtifactError for another one."""
+    size = model.get_rt_info(list(GROUP_SIZE)).astype(str) if model.has_rt_info(list(GROUP_SIZE)) else "0"
+    if size not in ("0", str(GROUP)):
+        raise ArtifactError(f"'{path}' quantizes activations in groups of {size:.20}, not {GROUP}; compile the model again")
+    return int(size)
 
 
 def _precision(program: Program) -> str:
