@@ -80,7 +80,7 @@ class OpenVino(Backend):
         _check(program)
         try:
             return self._build(program, example, decompose=False)
-        # The exporter may be able to translate the decomposition of an operator that it cannot translate, or translates wrongly.
+        # The exporter may translate the decomposition of an operator that it cannot translate, or translates wrongly.
         except (UnsupportedError, VerifyError):
             return self._build(program, example, decompose=True)
 

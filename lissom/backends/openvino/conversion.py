@@ -1,4 +1,4 @@
-"""The IR of a program: its ONNX model in standard operators, with Q/DQ, read by OpenVINO's frontend and written to two files."""
+"""The IR of a program: its ONNX model in standard operators, with Q/DQ, read by OpenVINO and written to two files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ import onnx_ir as ir
 import openvino
 
 from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
-from lissom.backends.onnx.quantized_layers import quantized_layers
+from lissom.backends.onnx.quantized_layers import Layer, quantized_layers
 from lissom.backends.onnx.translation import check_translatable
 from lissom.backends.onnx.variants import RMS_NORMS, write_variant
-from lissom.backends.openvino.integers import Quantized, group_size, leave_rounding, rounded_by_kernels, write_check
+from lissom.backends.openvino.integers import (
+    Quantized,
+    QuantizedLayer,
+    group_size,
+    leave_rounding,
+    rounded_by_kernels,
+    write_check,
+)
 from lissom.backends.openvino.network import GROUP_SIZE, options_of, reason_of
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
@@ -43,13 +50,25 @@ def write_ir(program: Program, example: Sample, path: Path, *, decompose: bool, 
         by_kernel = _checked(program, example, exported, group, threads) if layers else set[int]()
         leave_rounding(exported, by_kernel)
         model = write_variant(exported, [RMS_NORMS], standard=True)[0]
-        nodes = {value.name: node.name for node in model.graph for value in node.outputs}
-        # Rewrites keep the names of products' outputs, and name the nodes after their modules.
-        names = [nodes.get(layer.product.outputs[0].name) or f"unnamed {index}" for index, layer in enumerate(layers)]
+        found = [_quantized_layer(model, layer, index in by_kernel) for index, layer in enumerate(layers)]
         converted = _read(model)
         converted.set_rt_info(str(group), list(GROUP_SIZE))
         openvino.save_model(converted, path, compress_to_fp16=False)
-    return Quantized(dict(zip(names, layers, strict=True)), group, {names[index] for index in by_kernel})
+    return Quantized(found, group)
+
+
+def _quantized_layer(model: ir.Model, layer: Layer, rounds: bool) -> QuantizedLayer:
+    """A layer with the names that it may have in OpenVINO's executed graph, the surest first.
+
+    Rewrites keep the names of products' outputs, and name the nodes after their modules. OpenVINO names a product that it fused
+    with its bias after the sum.
+    """
+    named = {value.name: node for node in model.graph for value in node.outputs}
+    product = named.get(layer.product.outputs[0].name)
+    sums = [node for node in product.outputs[0].consumers() if node.op_type == "Add"] if product is not None else []
+    nodes = [node.name for node in (product, *sums) if node is not None and node.name]
+    weight = layer.weight.name
+    return QuantizedLayer(layer, (*nodes, f"{weight}", f"{weight}_elements"), rounds)
 
 
 def _read(model: ir.Model) -> openvino.Model:

@@ -7,7 +7,7 @@ tell: they are those of rounded activations, and not those of the activations th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -26,18 +26,29 @@ _FUSED, _BY_GROUP = "fused", "by_group"
 
 
 @dataclass(frozen=True)
+class QuantizedLayer:
+    """A quantized layer of an IR.
+
+    Attributes:
+        names: that it may have in OpenVINO's executed graph, of its product, a sum behind it, or its weight.
+        rounds: its kernel was seen to quantize activations by group.
+    """
+
+    layer: Layer
+    names: Sequence[str]
+    rounds: bool
+
+
+@dataclass(frozen=True)
 class Quantized:
     """The quantized layers of an IR.
 
     Attributes:
-        layers: by the names of their products in the IR.
         group: the size of the groups in which OpenVINO quantizes activations; 0 where it does not.
-        by_kernel: the names of the layers whose kernels do so, which was checked.
     """
 
-    layers: Mapping[str, Layer]
-    group: int = 0
-    by_kernel: Collection[str] = ()
+    layers: Sequence[QuantizedLayer]
+    group: int
 
 
 def group_size(layers: Sequence[Layer]) -> int:

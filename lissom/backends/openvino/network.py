@@ -104,7 +104,7 @@ class Network:
             if tensor.dtype is not dtype or tensor.device.type != "cpu":
                 given = f"{tensor.dtype} on {tensor.device}"
                 raise InputError(f"input '{name}' is {given}, and the model takes {dtype} on cpu; convert it first")
-            if dtype is not torch.int64 and rows is None or not tensor.numel():
+            if (dtype is not torch.int64 and rows is None) or not tensor.numel():
                 continue
             low, high = (int(bound) for bound in tensor.aminmax())
             if rows is not None and (low < 0 or high >= rows):
