@@ -77,28 +77,40 @@ class OpenVino(Backend):
             UnsupportedError: when the program keeps state, returns sizes, or holds what ONNX or OpenVINO cannot do.
             VerifyError: when the network gives something else than the program.
         """
-        _check(program)
-        try:
-            return self._build(program, example, decompose=False)
-        # The exporter may translate the decomposition of an operator that it cannot translate, or translates wrongly.
-        except (UnsupportedError, VerifyError):
-            return self._build(program, example, decompose=True)
-
-    def _build(self, program: Program, example: Sample, decompose: bool) -> Network:
-        from lissom.backends.openvino.conversion import write_ir
-        from lissom.backends.openvino.network import open_network
-
         folder = Path(mkdtemp(prefix="lissom-"))
         try:
-            quantized = write_ir(program, example, folder / XML, decompose=decompose, threads=self._threads)
-            network = open_network(program, folder / XML, self._threads)
-            network.set_layers(quantized)
-            confirm(self.name, network, program, example)
+            network, _ = self.write(program, example, folder / XML)
         except BaseException:
             shutil.rmtree(folder)
             raise
         network.delete_with(folder)
         return network
+
+    def write(self, program: Program, example: Sample, path: Path) -> tuple[Network, float]:
+        """Write a lowered program as IR, and open and confirm it; the network, and its relative error to the program.
+
+        Args:
+            path: of the .xml; the .bin is beside it.
+
+        Raises:
+            UnsupportedError: as `build`.
+            VerifyError: as `build`.
+        """
+        _check(program)
+        try:
+            return self._write(program, example, path, decompose=False)
+        # The exporter may translate the decomposition of an operator that it cannot translate, or translates wrongly.
+        except (UnsupportedError, VerifyError):
+            return self._write(program, example, path, decompose=True)
+
+    def _write(self, program: Program, example: Sample, path: Path, decompose: bool) -> tuple[Network, float]:
+        from lissom.backends.openvino.conversion import write_ir
+        from lissom.backends.openvino.network import open_network
+
+        quantized = write_ir(program, example, path, decompose=decompose, threads=self._threads)
+        network = open_network(program, path, self._threads)
+        network.set_layers(quantized)
+        return network, confirm(self.name, network, program, example)
 
     @property
     def _threads(self) -> int:

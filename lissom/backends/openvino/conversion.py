@@ -51,6 +51,9 @@ def write_ir(program: Program, example: Sample, path: Path, *, decompose: bool, 
         leave_rounding(exported, by_kernel)
         model = write_variant(exported, [RMS_NORMS], standard=True)[0]
         found = [_quantized_layer(model, layer, index in by_kernel) for index, layer in enumerate(layers)]
+        for old in (path, path.with_suffix(".bin")):
+            # A network may still map it.
+            old.unlink(missing_ok=True)
         converted = _read(model)
         converted.set_rt_info(str(group), list(GROUP_SIZE))
         openvino.save_model(converted, path, compress_to_fp16=False)
