@@ -11,6 +11,7 @@ from lissom.backends.onnx.quantization import format_of
 from lissom.backends.onnx.translation import ROUND
 from lissom.backends.openvino.integers import Quantized, QuantizedLayer
 from lissom.backends.simulated_layers import SimulatedLayer
+from lissom.ops.quantization import GROUP
 
 INTEGERS = {"i8", "u8", "i4", "u4"}
 
@@ -49,9 +50,7 @@ def _reason(item: QuantizedLayer, read: Sequence[str] | None, group: int) -> str
     if layer.rounded is not None and layer.rounded.op_type != ROUND and not layer.by_group:
         return "OpenVINO has no kernel that quantizes activations per token or per tensor at run time"
     if layer.by_group and not group:
-        return (
-            "OpenVINO quantizes the activations of all layers with integer weights or of none, and others have none per group"
-        )
+        return f"OpenVINO quantizes activations only where all layers with integer weights have them in groups of {GROUP}"
     if layer.by_group and not item.rounds:
         return "OpenVINO's kernel does not quantize its activations on this processor"
     if read is None:
