@@ -74,6 +74,11 @@ def write_openvino(
     missing = backend.missing()
     if missing is not None:
         raise UnsupportedError(missing.replace("backend 'openvino'", "OpenVINO's IR").partition(", or choose")[0])
+    if program.state:
+        raise UnsupportedError(
+            f"the folder has no place for state, and {program.name} keeps '{program.state[0]}'; compile it with "
+            f"backend='openvino' and call save()"
+        )
     lowered, _ = Pipeline(backend.lowering(torch.device("cpu")), [example]).run(program)
     written: list[OpenVinoFolder] = []
 

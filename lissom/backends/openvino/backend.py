@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from lissom.backends.base import Backend, Executable, confirm
-from lissom.backends.exported import check_plain, check_steps, device_of, leaves_of
+from lissom.backends.exported import check_steps, check_tensors, device_of, leaves_of
 from lissom.backends.simulated_layers import SimulatedLayer
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.operators import PLAIN_RNNS
@@ -74,7 +74,7 @@ class OpenVino(Backend):
         """The `Network` of the program.
 
         Raises:
-            UnsupportedError: when the program keeps state, returns sizes, or holds what ONNX or OpenVINO cannot do.
+            UnsupportedError: when the program returns sizes, or holds what ONNX or OpenVINO cannot do.
             VerifyError: when the network gives something else than the program.
         """
         folder = Path(mkdtemp(prefix="lissom-"))
@@ -152,7 +152,7 @@ class OpenVino(Backend):
 
 def _check(program: Program) -> None:
     """Refuse programs that cannot be exported, or that OpenVINO would compute in less precision. Raises UnsupportedError."""
-    check_plain(OpenVino.name, program)
+    check_tensors(OpenVino.name, program)
     check_steps(OpenVino.name, program, PLAIN_RNNS)
     device = device_of(program)
     if device.type != "cpu":

@@ -10,10 +10,11 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 import openvino
 
-from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
+from lissom.backends.onnx.export import export_onnx, input_names, save_onnx, state_names
 from lissom.backends.onnx.quantized_layers import Layer, quantized_layers
 from lissom.backends.onnx.translation import check_translatable
 from lissom.backends.onnx.variants import RMS_NORMS, write_variant
+from lissom.backends.openvino.indices import limit_indices
 from lissom.backends.openvino.integers import (
     Quantized,
     QuantizedLayer,
@@ -22,7 +23,7 @@ from lissom.backends.openvino.integers import (
     rounded_by_kernels,
     write_check,
 )
-from lissom.backends.openvino.network import GROUP_SIZE, options_of, reason_of
+from lissom.backends.openvino.network import GROUP_SIZE, options_of, reason_of, shared
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import LissomError, UnsupportedError
@@ -45,6 +46,7 @@ def write_ir(program: Program, example: Sample, path: Path, *, decompose: bool, 
     # The exporter runs translations and decompositions of any operator, and OpenVINO's errors have no common class.
     with _refused(program):
         exported = export_onnx(program, example, decompose)
+        limit_indices(exported)
         layers = quantized_layers(exported)
         group = group_size(layers)
         by_kernel = _checked(program, example, exported, group, threads) if layers else set[int]()
@@ -92,7 +94,9 @@ def _checked(program: Program, example: Sample, exported: ir.Model, group: int, 
     compiled = openvino.Core().compile_model(
         _read(write_variant(model, [RMS_NORMS], standard=True)[0]), "CPU", options_of(program, threads, group)
     )
-    given = {name: tensor.detach().contiguous().numpy() for name, tensor in zip(input_names(program), example, strict=True)}
+    inputs = [*input_names(program), *state_names(program)[0]]
+    tensors = [*example, *(program.weight(name) for name in program.state)]
+    given = {name: shared(tensor.detach().contiguous()) for name, tensor in zip(inputs, tensors, strict=True)}
     results = compiled.create_infer_request().infer(given)
     return rounded_by_kernels({name: float(results[name]) for name in names}, names)
 

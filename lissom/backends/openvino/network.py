@@ -14,8 +14,9 @@ import torch
 from torch import fx
 
 from lissom.backends.exported import kind_and_reason, leaves_of
-from lissom.backends.onnx.export import input_names, output_names, results_of
+from lissom.backends.onnx.export import input_names, output_names, results_of, state_names
 from lissom.backends.openvino.executed import kernels, unfused
+from lissom.backends.openvino.indices import OUTSIDE
 from lissom.backends.openvino.integers import Quantized
 from lissom.backends.simulated_layers import SimulatedLayer, account
 from lissom.compiler.analysis.embedding_bounds import vocabulary_size
@@ -42,8 +43,17 @@ _LEAST, _LARGEST = -(2**31), 2**31 - 1
 """The integers that OpenVINO computes with on a CPU."""
 
 
+class Memory:
+    """The memory of a state: `now`, and `next`, which a call writes."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.now = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self.next = torch.empty_like(self.now)
+
+
 class Network:
-    """An IR that OpenVINO compiled. Calls from several threads are independent: each takes an infer request of its own.
+    """An IR that OpenVINO compiled. Calls from several threads are independent, unless there is state: each takes an infer
+    request of its own.
 
     Attributes:
         path: the IR's .xml; its weights are beside it.
@@ -68,6 +78,8 @@ class Network:
         # The flat outputs: the index of a result, or a constant.
         places = {result: index for index, result in enumerate(results)}
         self._leaves = [(places[leaf], None) if isinstance(leaf, fx.Node) else (None, leaf) for leaf in leaves_of(program)]
+        self._memories = {name: Memory(program.weight(name)) for name in program.state}
+        self._outside = len(compiled.outputs) - 1 if _says_outside(compiled) else None
         self._idle: deque[openvino.InferRequest] = deque()
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
@@ -78,16 +90,27 @@ class Network:
             request = self.compiled.create_infer_request()
         held = [tensor.detach().resolve_neg().contiguous() for tensor in inputs]
         for index, tensor in enumerate(held):
-            request.set_input_tensor(index, _shared(tensor))
+            request.set_input_tensor(index, shared(tensor))
+        for index, memory in enumerate(self._memories.values()):
+            request.set_input_tensor(len(held) + index, shared(memory.now))
+            request.set_output_tensor(len(self._results) + index, shared(memory.next))
         # Its errors have no common class. A RuntimeError makes the caller check indices against embedding tables.
         try:
             request.infer()
         except Exception as error:
             raise RuntimeError(reason_of(error)) from error
+        if self._outside is not None and request.get_output_tensor(self._outside).data.any():
+            raise IndexError("an index to copy rows to is out of range; state is left as it was")
         # Copies, since the next call with this request writes to its outputs.
         results = [_copied(request.get_output_tensor(index), dtype) for index, dtype in enumerate(self._results)]
         self._idle.append(request)
+        for memory in self._memories.values():
+            memory.now, memory.next = memory.next, memory.now
         return [constant if place is None else results[place] for place, constant in self._leaves]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The state by name: memory that OpenVINO reads, valid until the next call. Writing to a tensor changes the state."""
+        return {name: memory.now for name, memory in self._memories.items()}
 
     def set_layers(self, quantized: Quantized) -> None:
         """Set `quantized` and `simulated` from the graph that OpenVINO executes."""
@@ -121,6 +144,7 @@ def open_network(program: Program, path: Path, threads: int) -> Network:
     core = openvino.Core()
     model = core.read_model(path)
     _check_interface(program, path, model)
+    _check_states(program, path, model)
     return Network(program, path, core.compile_model(model, "CPU", options_of(program, threads, _group_of(path, model))))
 
 
@@ -166,7 +190,13 @@ def _check_interface(program: Program, path: Path, model: openvino.Model) -> Non
     wanted_inputs = [(name, leaf.type.dtype, leaf.type.rank) for name, leaf in zip(input_names(program), leaves, strict=True)]
     types = [nodes.tensor_type(result) for result in results_of(program)]
     wanted_outputs = [(name, type.dtype, type.rank) for name, type in zip(output_names(program), types, strict=True)]
-    for kind, ports, wanted in (("input", model.inputs, wanted_inputs), ("output", model.outputs, wanted_outputs)):
+    past, present = state_names(program)
+    states = [program.weight(name) for name in program.state]
+    wanted_inputs += [(name, state.dtype, state.dim()) for name, state in zip(past, states, strict=True)]
+    wanted_outputs += [(name, state.dtype, state.dim()) for name, state in zip(present, states, strict=True)]
+    # Said of indices, after the program's own.
+    outputs = model.outputs[:-1] if _says_outside(model) else model.outputs
+    for kind, ports, wanted in (("input", model.inputs, wanted_inputs), ("output", outputs, wanted_outputs)):
         if len(ports) != len(wanted):
             raise ArtifactError(f"'{path}' has {len(ports)} {kind}s, and the program {len(wanted)}; compile the model again")
         for port, (name, dtype, rank) in zip(ports, wanted, strict=True):
@@ -180,7 +210,28 @@ def _check_interface(program: Program, path: Path, model: openvino.Model) -> Non
                 )
 
 
-def _shared(tensor: torch.Tensor) -> openvino.Tensor:
+def _check_states(program: Program, path: Path, model: openvino.Model) -> None:
+    """Refuse a model whose states have other shapes than the memory that it reads and writes. Raises ArtifactError."""
+    for name, ports in zip(program.state, _state_ports(program, model), strict=True):
+        shape = list(program.weight(name).shape)
+        for port in ports:
+            given = port.get_partial_shape()
+            if given.is_dynamic or [*given.to_shape()] != shape:
+                raise ArtifactError(f"'{path}' keeps '{name}' as {given}, and the program as {shape}; compile the model again")
+
+
+def _state_ports(program: Program, model: openvino.Model) -> list[tuple[openvino.Output, openvino.Output]]:
+    """The input and the output of each state, which follow those of the program."""
+    first, last = len(program.signature.tensors), len(results_of(program))
+    return [*zip(model.inputs[first:], model.outputs[last : last + len(program.state)], strict=True)]
+
+
+def _says_outside(model: openvino.Model | openvino.CompiledModel) -> bool:
+    """True if the last output says whether an index was out of range."""
+    return bool(model.outputs) and OUTSIDE in model.outputs[-1].get_names()
+
+
+def shared(tensor: torch.Tensor) -> openvino.Tensor:
     """The tensor's memory as a tensor of OpenVINO; numpy has no bfloat16."""
     if tensor.dtype is torch.bfloat16:
         return openvino.Tensor(tensor.view(torch.int16).numpy(), openvino.Shape(list(tensor.shape)), openvino.Type.bf16)

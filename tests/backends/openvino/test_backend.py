@@ -15,7 +15,8 @@ from lissom.compiler.verify.divergence import relative_error, run_samples, toler
 from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.frontends.capture.export import capture
 from tests.backends.threaded_calls import compiled, differing_calls
-from tests.support.models import CASES, capture_of, captured, counter, feed_forward, normal, tiny_bert, tiny_gpt2, tokens
+from tests.support.decoders import decoder, prompt
+from tests.support.models import CASES, capture_of, captured, feed_forward, normal, tiny_bert, tiny_gpt2, tokens
 from tests.support.onnx_files import tiny_vit
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install 'lissom[openvino]'")
@@ -35,13 +36,12 @@ def fast_bert():
     return case, lissom.compile(case.model, case.inputs, backend=OpenVino())
 
 
-STATEFUL = {"counter"}
 SLOW = {"bert_eager", "llama", "llama_eager", "t5", "gpt2", "blocked", "convolution"}
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES if name not in STATEFUL],
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES],
 )
 def test_every_model_runs_at_other_sizes(name):
     found = capture_of(name)
@@ -163,6 +163,18 @@ class Solving(nn.Module):
         return torch.linalg.solve(torch.eye(3) + x[0, 0], x)
 
 
+class Total(nn.Module):
+    """Adds up its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sum", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.sum.add_(x.sum(0))
+        return x - self.sum
+
+
 def refusal(program, example) -> str:
     with pytest.raises(UnsupportedError) as caught:
         OpenVino().build(program, example)
@@ -175,9 +187,6 @@ def test_what_it_cannot_run_is_refused():
     assert refusal(found.program, found.example).startswith(
         "backend 'openvino' returns tensors, and Sized returns the size 'sym_size"
     )
-    case = counter()
-    found = capture(case.model, case.args, case.kwargs)
-    assert refusal(found.program, found.example).startswith("backend 'openvino' keeps no state, and Counter writes to '")
     double = capture(feed_forward().model.double(), (normal(2, 5, 8).double(),))
     assert refusal(double.program, double.example).startswith(
         "OpenVINO computes float64 in float32 on a CPU, and FeedForward has it in 'x' (placeholder"
@@ -225,6 +234,56 @@ def test_it_is_saved_and_loaded(tmp_path, fast_bert):
     (tmp_path / "saved" / XML).write_bytes(b"not a model")
     with pytest.raises(ArtifactError, match=r"model.xml' "):
         lissom.load(tmp_path / "saved")
+
+
+def test_state_is_kept_reset_and_saved(tmp_path):
+    fast = lissom.compile(Total(), torch.ones(2, 3), backend="openvino")
+    assert fast(torch.ones(4, 3)).tolist() == [[-3.0] * 3] * 4
+    assert fast.state()["sum"].tolist() == [4.0] * 3
+    fast.save(tmp_path / "saved")
+    again = lissom.load(tmp_path / "saved")
+    # As at compile time.
+    assert again.state()["sum"].tolist() == [0.0] * 3
+    fast.state()["sum"].zero_()
+    fast(torch.ones(2, 3))
+    assert fast.state()["sum"].tolist() == [2.0] * 3
+    # A call that fails changes nothing.
+    with pytest.raises(RuntimeError):
+        fast._executable([torch.ones(2, 4)])
+    assert fast.state()["sum"].tolist() == [2.0] * 3
+
+
+class Rows(nn.Module):
+    """Writes rows to places of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(2, 3, 4))
+
+    def forward(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        self.rows.index_copy_(1, places, x)
+        return self.rows.sum()
+
+
+def test_rows_out_of_range_are_refused_and_leave_the_state():
+    fast = lissom.compile(Rows(), (normal(2, 2, 4), torch.tensor([2, 0])), backend="openvino")
+    fast(torch.ones(2, 2, 4), torch.tensor([2, 0]))
+    wanted = torch.ones(2, 3, 4)
+    wanted[:, 1] = 0
+    # Of the first of two blocks, a row behind the last is one of the second.
+    for places in ([1, 3], [-1, 1], [10**6, 1]):
+        with pytest.raises(IndexError, match="an index to copy rows to is out of range; state is left as it was"):
+            fast(torch.full((2, 2, 4), 2.0), torch.tensor(places))
+        assert torch.equal(fast.state()["rows"], wanted)
+
+
+def test_decoder_with_cache_gives_the_same_logits():
+    model, ids = decoder("llama"), prompt(length=9)["input_ids"]
+    fast = lissom.compile_generation(model, max_length=32, backend="openvino", goal=None)
+    plain = lissom.compile_generation(model, max_length=32, goal=None)
+    for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:]):
+        # Two layers of float32.
+        torch.testing.assert_close(fast.step(part), plain.step(part), rtol=1e-4, atol=1e-5)
 
 
 def test_fastest_tries_it(monkeypatch):
