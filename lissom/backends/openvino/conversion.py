@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ from lissom.backends.openvino.network import GROUP_SIZE, options_of, reason_of, 
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import LissomError, UnsupportedError
+
+_UNCONVERTED = re.compile(r"No conversion rule found for operations: (.+)")
 
 
 def write_ir(program: Program, example: Sample, path: Path, *, decompose: bool, threads: int) -> Quantized:
@@ -56,7 +59,7 @@ def write_ir(program: Program, example: Sample, path: Path, *, decompose: bool, 
         for old in (path, path.with_suffix(".bin")):
             # A network may still map it.
             old.unlink(missing_ok=True)
-        converted = _read(model)
+        converted = _read(program, model)
         converted.set_rt_info(str(group), list(GROUP_SIZE))
         openvino.save_model(converted, path, compress_to_fp16=False)
     return Quantized(found, group)
@@ -76,10 +79,23 @@ def _quantized_layer(model: ir.Model, layer: Layer, rounds: bool) -> QuantizedLa
     return QuantizedLayer(layer, (*nodes, f"{weight}", f"{weight}_elements"), rounds)
 
 
-def _read(model: ir.Model) -> openvino.Model:
+def _read(program: Program, model: ir.Model) -> openvino.Model:
+    """The model as OpenVINO converts it. Raises UnsupportedError, with a node, for operators that it has no conversion for."""
     with TemporaryDirectory(prefix="lissom-") as folder:
         # Weights are mapped, and stay readable after the file is deleted.
-        return openvino.Core().read_model(save_onnx(model, Path(folder)))
+        path = save_onnx(model, Path(folder))
+        try:
+            return openvino.Core().read_model(path)
+        except RuntimeError as error:
+            lacking = _UNCONVERTED.search(str(error))
+            if lacking is None:
+                raise
+            kinds = {name.partition("-")[0].strip() for name in lacking[1].split(",")}
+            node = next((node.name for node in model.graph.all_nodes() if node.op_type in kinds), None)
+            raise UnsupportedError(
+                f"OpenVINO cannot run {program.name}: it has no conversion for {lacking[1].strip()} of ONNX"
+                f"{f', first in {node!r}' if node else ''}; choose backend 'eager'"
+            ) from error
 
 
 def _checked(program: Program, example: Sample, exported: ir.Model, group: int, threads: int) -> set[int]:
@@ -92,7 +108,7 @@ def _checked(program: Program, example: Sample, exported: ir.Model, group: int, 
     if not names:
         return set()
     compiled = openvino.Core().compile_model(
-        _read(write_variant(model, [RMS_NORMS], standard=True)[0]), "CPU", options_of(program, threads, group)
+        _read(program, write_variant(model, [RMS_NORMS], standard=True)[0]), "CPU", options_of(program, threads, group)
     )
     inputs = [*input_names(program), *state_names(program)[0]]
     tensors = [*example, *(program.weight(name) for name in program.state)]

@@ -163,6 +163,13 @@ class Solving(nn.Module):
         return torch.linalg.solve(torch.eye(3) + x[0, 0], x)
 
 
+class Volume(nn.Module):
+    """Has an operator that OpenVINO lacks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.det(x)
+
+
 class Total(nn.Module):
     """Adds up its inputs."""
 
@@ -190,6 +197,10 @@ def test_what_it_cannot_run_is_refused():
     double = capture(feed_forward().model.double(), (normal(2, 5, 8).double(),))
     assert refusal(double.program, double.example).startswith(
         "OpenVINO computes float64 in float32 on a CPU, and FeedForward has it in 'x' (placeholder"
+    )
+    found = capture(nn.Sequential(Volume()), (normal(2, 3, 3),))
+    assert refusal(found.program, found.example) == (
+        "OpenVINO cannot run Sequential: it has no conversion for Det-23 of ONNX, first in '0/Det'; choose backend 'eager'"
     )
     found = capture(Solving(), (normal(3, 3),))
     assert refusal(found.program, found.example).startswith("OpenVINO cannot run Solving: ")

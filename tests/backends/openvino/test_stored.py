@@ -80,6 +80,15 @@ def test_changed_files_are_refused(saved, tmp_path, name):
     assert said in found and found.endswith("; compile the model again")
 
 
+def test_a_state_of_another_size_is_refused(tmp_path_factory, tmp_path):
+    """The memory of a state has the size the program says, so a model that reads more of it must not run."""
+    found, folder = capture_of("counter"), tmp_path_factory.mktemp("counter")
+    BACKEND.save_files(BACKEND.build(found.program, found.example), folder)
+    seen = re.compile(r'(name="past_seen" type="Parameter" version="opset1">\s*<data shape=)"[^"]*"')
+    said = refusal((found, folder), tmp_path / "m", lambda text: seen.sub(r'\1"1000"', text))
+    assert "compile the model again" in said
+
+
 def test_weights_that_are_cut_or_missing_are_refused(saved, tmp_path):
     found, folder = saved
     shutil.copytree(folder, tmp_path / "m")
