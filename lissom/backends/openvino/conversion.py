@@ -25,6 +25,7 @@ from lissom.backends.openvino.integers import (
     write_check,
 )
 from lissom.backends.openvino.network import GROUP_SIZE, options_of, reason_of, shared
+from lissom.backends.openvino.softplus import write_out_softplus
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import LissomError, UnsupportedError
@@ -50,6 +51,7 @@ def write_ir(program: Program, example: Sample, path: Path, *, decompose: bool, 
     with _refused(program):
         exported = export_onnx(program, example, decompose)
         limit_indices(exported)
+        write_out_softplus(exported)
         layers = quantized_layers(exported)
         group = group_size(layers)
         by_kernel = _checked(program, example, exported, group, threads) if layers else set[int]()
