@@ -48,7 +48,7 @@ MODELS = [
     *(pytest.param("onnxruntime", name, marks=pytest.mark.slow) for name in DECODERS if name != "llama"),
     *(pytest.param("eager", name, marks=pytest.mark.slow if name in OTHERS_ALIKE else ()) for name in (*RECURRENT, *OTHERS)),
     *(pytest.param("onnxruntime", name, marks=pytest.mark.slow) for name in (*RECURRENT, *OTHERS)),
-    *(pytest.param("openvino", name, marks=pytest.mark.slow) for name in ("gpt2", "gemma3", "mamba", "mamba2")),
+    *(pytest.param("openvino", name, marks=pytest.mark.slow) for name in ("gpt2", "gemma3", "mamba", "zamba")),
 ]
 
 
