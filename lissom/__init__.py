@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lissom.api import Optimized, compile, optimize
     from lissom.backends.distributed.backend import Distributed
     from lissom.backends.onnxruntime.backend import OnnxRuntime
+    from lissom.backends.openvino.backend import OpenVino
     from lissom.errors import LissomError
     from lissom.frontends.onnx.model import from_onnx
     from lissom.generation.compile import compile_generation, load_generation
@@ -35,6 +36,7 @@ __all__ = [
     "Distributed",
     "LissomError",
     "OnnxRuntime",
+    "OpenVino",
     "Optimized",
     "Tuned",
     "__version__",
@@ -59,6 +61,7 @@ _HOMES = {
     "Distributed": "lissom.backends.distributed.backend",
     "LissomError": "lissom.errors",
     "OnnxRuntime": "lissom.backends.onnxruntime.backend",
+    "OpenVino": "lissom.backends.openvino.backend",
     "Optimized": "lissom.api",
     "Tuned": "lissom.tuning.tuned",
     "pruned_tokenizer": "lissom.integrations.transformers.pruned_tokenizer",

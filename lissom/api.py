@@ -20,6 +20,7 @@ from lissom.errors import UnsupportedError
 from lissom.export.checkpoint import save_checkpoint
 from lissom.export.compressed_tensors.writer import CompressedCheckpoint, write_compressed
 from lissom.export.gguf.writer import Dtype, GgufFile, write_gguf
+from lissom.export.openvino_folder import OpenVinoFolder, write_openvino
 from lissom.export.pt2 import Pt2Package, write_pt2
 from lissom.frontends.models.adapters import with_merged_adapters
 from lissom.inspect.report import Report
@@ -198,6 +199,36 @@ class Optimized:
             ArtifactError: if the file cannot be written.
         """
         return write_pt2(self.program, self._example, check_path(path))
+
+    def export_openvino(
+        self, directory: str | Path, *, tokenizer: Saveable | None = None, processor: Saveable | None = None
+    ) -> OpenVinoFolder:
+        """Write a model as OpenVINO's IR, `openvino_model.xml` and `openvino_model.bin`, which OpenVINO runs without Lissom.
+
+        Quantized layers have `FakeQuantize` and integer weights, which OpenVINO fuses into integer products where it has them;
+        the result says how many layers those are. The files are opened by OpenVINO and compared with the program before they
+        are written to the directory, completely or not at all, which must be new or empty. The configuration and the tokenizer
+        of a transformers model are written too.
+
+        Args:
+            tokenizer: as for `CompiledModel.save`.
+            processor: as for `CompiledModel.save`.
+
+        Returns:
+            The size, the relative error of the outputs, and notes on quantized layers and on options to open it with.
+
+        Raises:
+            UnsupportedError: if the program keeps state, ONNX or OpenVINO cannot say it, or OpenVINO is not installed.
+            VerifyError: if OpenVINO gives other outputs.
+            ArtifactError: if the directory holds something, or cannot be written.
+        """
+        model = with_merged_adapters(self._model) if isinstance(self._model, nn.Module) else None
+        facts = None if model is None else Facts.of(model)
+        source = None if facts is None else facts.source
+        if tokenizer is not None and facts is not None:
+            check_tokenizer(self.program, facts.main_input, tokenizer)
+        tokenizer = saved_tokenizer(self.program, tokenizer, source)
+        return write_openvino(self.program, self._example, check_path(directory), facts, tokenizer, processor)
 
     def _own_tokenizer(self, what: str, tokenizer: Saveable | None, model: Any) -> Saveable | None:
         """The tokenizer that is written: the given one, or that of a pruned vocabulary. Raises UnsupportedError."""

@@ -1,5 +1,5 @@
-"""Backends that run a program, and their table: PyTorch with Lissom's kernels, TorchInductor, ONNX Runtime, several ranks. Each
-makes an executable of a program."""
+"""Backends that run a program, and their table: PyTorch with Lissom's kernels, TorchInductor, ONNX Runtime, OpenVINO, several
+ranks. Each makes an executable of a program."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from lissom.backends.distributed.backend import Distributed
 from lissom.backends.eager.backend import Eager
 from lissom.backends.inductor import Inductor
 from lissom.backends.onnxruntime.backend import OnnxRuntime
+from lissom.backends.openvino.backend import OpenVino
 from lissom.errors import UnsupportedError, nearest
 
-BACKENDS: Mapping[str, type[Backend]] = {backend.name: backend for backend in (Eager, Inductor, OnnxRuntime, Distributed)}
+BACKENDS: Mapping[str, type[Backend]] = {
+    backend.name: backend for backend in (Eager, Inductor, OnnxRuntime, OpenVino, Distributed)
+}
 
 FASTEST = "fastest"
 """The name for the fastest of all backends."""

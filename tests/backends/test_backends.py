@@ -11,6 +11,7 @@ from lissom.backends.base import Backend, confirm
 from lissom.backends.eager.backend import Eager
 from lissom.backends.inductor import Inductor
 from lissom.backends.onnxruntime.backend import OnnxRuntime
+from lissom.backends.openvino.backend import OpenVino
 from lissom.compiler.verify import rounding
 from lissom.compiler.verify.rounding import exact_outputs
 from lissom.errors import UnsupportedError
@@ -24,7 +25,7 @@ def test_a_backend_is_found_by_its_name():
 
 
 def test_fastest_stands_for_all_that_run_in_one_process():
-    assert [type(backend) for backend in find_backends("fastest")] == [Eager, Inductor, OnnxRuntime]
+    assert [type(backend) for backend in find_backends("fastest")] == [Eager, Inductor, OnnxRuntime, OpenVino]
     assert {name for name, backend in BACKENDS.items() if backend.runs_ranks} == {"distributed"}
     assert [type(backend) for backend in find_backends("eager")] == [Eager]
 

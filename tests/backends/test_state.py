@@ -11,6 +11,7 @@ import lissom
 from lissom.backends.base import confirm, restored_state, state_of
 from lissom.backends.eager.backend import Eager
 from lissom.backends.onnxruntime.backend import OnnxRuntime
+from lissom.backends.openvino.backend import OpenVino
 from lissom.compiler.verify.divergence import relative_error
 from lissom.errors import VerifyError
 from lissom.frontends.capture.export import capture
@@ -24,13 +25,14 @@ BACKENDS = {"eager": Eager(), "onnxruntime": OnnxRuntime(timing_seconds=0)}
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+WITH_OPENVINO = pytest.mark.skipif(OpenVino().missing() is not None, reason=str(OpenVino().missing()))
+
+
+@pytest.fixture(scope="module", params=[*BACKENDS, pytest.param("openvino", marks=WITH_OPENVINO)])
 def built(request):
     """A decoder, and what runs it."""
-    found = decoder()
-    return found, decoder_session() if request.param == "onnxruntime" else BACKENDS[request.param].build(
-        found.program, found.example
-    )
+    found, backend = decoder(), {**BACKENDS, "openvino": OpenVino()}[request.param]
+    return found, decoder_session() if request.param == "onnxruntime" else backend.build(found.program, found.example)
 
 
 @pytest.fixture

@@ -62,10 +62,12 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--calls", type=int, default=1000, help="of each thread")
-    parser.add_argument("--backend", action="append", help="may be given again (default eager, onnxruntime and inductor)")
+    parser.add_argument(
+        "--backend", action="append", help="may be given again (default eager, onnxruntime, openvino and inductor)"
+    )
     given = parser.parse_args()
     failed = False
-    for backend in given.backend or ["eager", "onnxruntime", "inductor"]:
+    for backend in given.backend or ["eager", "onnxruntime", "openvino", "inductor"]:
         differing = differing_calls(compiled(torch.float32, backend=backend), torch.float32, given.threads, given.calls)
         print(f"{backend}: {given.threads} threads of {given.calls} calls, {differing} answers differ", flush=True)
         failed |= differing > 0

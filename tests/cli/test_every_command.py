@@ -30,6 +30,7 @@ COMPILE = [
     "compile {model} --passes sparsify-attention{{window=4}} --goal none --html {new}/page.html --heat mass",
     "compile {model} --html {new}/page.html --heat parameters --device cpu",
     "compile {model} --backend onnxruntime --save {new}/saved",
+    "compile {model} --backend openvino --save {new}/saved",
     "compile {model} --backend distributed --world-size 2 -o {new}/saved",
     "compile {model} --backend eager --passes quantize{{activations=tensor,attention=true}} --simulate --goal none",
 ]
@@ -65,6 +66,7 @@ EXPORT = [
     "export {bpe} {new}/out.gguf --dtype f16 --checks structural",
     "export {bpe} {new}/out.gguf --passes prune-neurons{{keep=0.5}} --data {texts} --metric agreement --max-drop 1.0",
     "export {bpe} {new}/out --format compressed-tensors --passes quantize{{scheme=int8-weight}}",
+    "export {model} {new}/out --format openvino --passes quantize{{scheme=int8-weight}}",
 ]
 OPT = [
     "opt {program} --passes remove-no-ops,quantize --size batch=2 --size sequence=8 --checks structural --diff",
@@ -140,6 +142,8 @@ def _run(*arguments: str) -> str:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("line", LINES)
 def test_a_command_runs_and_writes_its_files(line, places, tmp_path, monkeypatch):
+    if "openvino" in line:
+        pytest.importorskip("openvino", reason="openvino is not installed: pip install 'lissom[openvino]'")
     monkeypatch.setenv("LISSOM_KEPT_DECODERS", "0")
     if "{store}" in line:
         search = "tune {model} --data {texts} --minutes 0.1 --no-distill --store {store}"

@@ -24,6 +24,7 @@ SLOW = {
     "lissom.tuning.tuned.tune",
     "lissom.tuning.generation.tune_generation",
     "lissom.backends.onnxruntime.backend.OnnxRuntime",
+    "lissom.backends.openvino.backend.OpenVino",
     "lissom.generation.compile.load_generation",
     "lissom.generation.compile_pool.load_pool",
     "lissom.generation.decoder.Decoder",

@@ -27,7 +27,7 @@ from tests.support.killing import contents
 from tests.support.saving import compiled
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-UNUSED = ("torchao", "tensorflow", "scipy", "sklearn", "onnxruntime", "transformers.modeling_utils")
+UNUSED = ("torchao", "tensorflow", "scipy", "sklearn", "onnxruntime", "openvino", "transformers.modeling_utils")
 OWN = {NAME, "program.json", "steps.json", "weights.safetensors"}
 
 

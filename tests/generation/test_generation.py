@@ -35,7 +35,7 @@ from tests.support.neighbours import all_but_slow
 pytestmark = pytest.mark.usefixtures("shared_captures")
 GREEDY = {"max_new_tokens": 50, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 # Nothing is timed: whichever forms are chosen, the tokens are the same.
-BACKENDS = {"eager": "eager", "onnxruntime": lissom.OnnxRuntime(timing_seconds=0)}
+BACKENDS = {"eager": "eager", "onnxruntime": lissom.OnnxRuntime(timing_seconds=0), "openvino": "openvino"}
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 # Of a kind with others here. tests/frontends/generation/test_decoder.py captures these decoders, and they are compared there.
 ALIKE = {"gemma2", "qwen2", "qwen3", "phi", "mistral", "gpt_neox", "bloom"}
@@ -44,10 +44,11 @@ OTHERS_ALIKE = {"falcon_h1", "olmo_hybrid", "zamba", "minimax", "qwen3_next", "l
 # Every form of ONNX Runtime's is built, some seconds a model.
 MODELS = [
     *(pytest.param("eager", name, marks=pytest.mark.slow if name in ALIKE else ()) for name in DECODERS),
-    ("onnxruntime", "llama"),
+    *((backend, "llama") for backend in ("onnxruntime", "openvino")),
     *(pytest.param("onnxruntime", name, marks=pytest.mark.slow) for name in DECODERS if name != "llama"),
     *(pytest.param("eager", name, marks=pytest.mark.slow if name in OTHERS_ALIKE else ()) for name in (*RECURRENT, *OTHERS)),
     *(pytest.param("onnxruntime", name, marks=pytest.mark.slow) for name in (*RECURRENT, *OTHERS)),
+    *(pytest.param("openvino", name, marks=pytest.mark.slow) for name in ("gpt2", "gemma3", "mamba", "zamba")),
 ]
 
 
@@ -58,8 +59,8 @@ def compiled(name: str = "llama", batch: int = 1, all_logits: bool = False, back
 
 @cache
 def _compiled(name: str, batch: int, all_logits: bool, backend: str):
-    if backend == "onnxruntime":
-        pytest.importorskip("onnxruntime")
+    if backend != "eager":
+        pytest.importorskip(backend)
     model = decoder(name)
     options = {"batch": batch, "all_logits": all_logits, "backend": BACKENDS[backend]}
     with pytest.warns(UserWarning, match="compiled without a KV cache") if name in WHOLE else nullcontext():

@@ -14,14 +14,23 @@ from lissom.artifacts.packed import from_copy
 from lissom.backends.base import Backend
 from lissom.backends.inductor import Inductor
 from lissom.backends.onnxruntime.backend import OnnxRuntime
+from lissom.backends.openvino.backend import OpenVino
 from lissom.errors import ArtifactError
 from lissom.runtime.pickled import loaded_from
 from tests.support.models import feed_forward
 from tests.support.saving import compiled
 
+WITH_OPENVINO = pytest.mark.skipif(OpenVino().missing() is not None, reason=str(OpenVino().missing()))
+
 
 @pytest.mark.parametrize(
-    "backend", [OnnxRuntime(timing_seconds=0), pytest.param(Inductor(), marks=pytest.mark.slow)], ids=lambda item: item.name
+    "backend",
+    [
+        OnnxRuntime(timing_seconds=0),
+        pytest.param(Inductor(), marks=pytest.mark.slow),
+        pytest.param(OpenVino(), marks=WITH_OPENVINO),
+    ],
+    ids=lambda item: item.name,
 )
 def test_a_copy_of_a_copy_is_saved(backend: Backend, tmp_path):
     case = feed_forward()

@@ -35,6 +35,12 @@ aten = torch.ops.aten
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
+def _needs_packages(backend: Backend) -> pytest.MarkDecorator:
+    """Skips OpenVINO where it is not installed."""
+    missing = backend.missing() if backend.name == "openvino" else None
+    return pytest.mark.skipif(missing is not None, reason=str(missing))
+
+
 def _every_backend(*quick: str) -> pytest.MarkDecorator:
     """Every backend as a parameter of a test; those that are not quick are marked slow."""
     return pytest.mark.parametrize(
@@ -43,7 +49,7 @@ def _every_backend(*quick: str) -> pytest.MarkDecorator:
             pytest.param(
                 OnnxRuntime(timing_seconds=0) if item.name == "onnxruntime" else item,
                 id=item.name,
-                marks=() if item.name in quick else pytest.mark.slow,
+                marks=() if item.name in quick else (pytest.mark.slow, _needs_packages(item)),
             )
             for item in find_backends(FASTEST)
         ],
@@ -57,7 +63,7 @@ every_backend_but_eager_slow = _every_backend("eager")
 
 def simulates(backend: Backend) -> bool:
     """Whether the backend has no kernels for quantized layers, and computes them in floating point where `simulate=True`."""
-    return backend.name == "inductor"
+    return backend.name in ("inductor", "openvino")
 
 
 # Set by `pytest tests/passes --update-goldens`.

@@ -58,7 +58,7 @@ def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = 
 
     Args:
         standard: with operators of standard ONNX alone.
-        beside: keep each layer, and add an output with its integer kernel's error on the same input, as `_distance` gives it.
+        beside: keep each layer, and add an output with its integer kernel's error on the same input, as `distance` gives it.
     """
     groups: dict[ir.Value, list[Layer]] = defaultdict(list)
     for layer in quantized_layers(model):
@@ -68,7 +68,7 @@ def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = 
     for group in groups.values():
         write, rounded = Writer(model), group[0].rounded
         values = _integers(write, rounded, _rows(group)) if rounded is not None and not group[0].by_group else None
-        model.graph.insert_before(group[0].product, _from(write, group[0]))
+        model.graph.insert_before(group[0].product, nodes_for(write, group[0]))
         for layer in group:
             write = Writer(model)
             if values is None:
@@ -265,21 +265,21 @@ def _finish(write: Writer, layer: Layer, result: ir.Value, biased: bool, beside:
     elif own is not None and bias is None:
         result = write.call("Add", result, own)
     if beside:
-        graph.outputs.append(_distance(write, last.outputs[0], result, f"error_{len(graph.outputs)}"))
-        graph.insert_after(last, _from(write, layer))
+        graph.outputs.append(distance(write, last.outputs[0], result, f"error_{len(graph.outputs)}"))
+        graph.insert_after(last, nodes_for(write, layer))
         return
-    graph.insert_before(layer.product, _from(write, layer))
+    graph.insert_before(layer.product, nodes_for(write, layer))
     take_over(last.outputs[0], result)
 
 
-def _from(write: Writer, layer: Layer) -> Sequence[ir.Node]:
+def nodes_for(write: Writer, layer: Layer) -> Sequence[ir.Node]:
     """The recorded nodes, with the metadata of a layer's module."""
     for node in write.nodes:
         node.metadata_props.update(layer.product.metadata_props)
     return write.nodes
 
 
-def _distance(write: Writer, wanted: ir.Value, actual: ir.Value, name: str) -> ir.Value:
+def distance(write: Writer, wanted: ir.Value, actual: ir.Value, name: str) -> ir.Value:
     """max |actual - wanted| / max |wanted|, with a denominator of at least 1e-6."""
     call = write.call
     error, largest = (call("ReduceMax", call("Abs", value), keepdims=0) for value in (call("Sub", actual, wanted), wanted))

@@ -16,7 +16,7 @@ import torch
 
 from lissom.backends.onnx.rewriting import Writer, constant_of, fixed_size, nodes_of, sizes_of
 from lissom.backends.onnx.translation import DEQUANTIZE, DOMAIN, ROUND, ROUND_DYNAMIC
-from lissom.ops.formats import FORMATS, LEAST, Format, unpack_halves
+from lissom.ops.formats import FORMATS, LEAST, Format, dequantize_stored, unpack_halves
 from lissom.ops.quantization import GROUP
 
 _TYPES = {name: ir.DataType[name.upper()] for name in ("int8", "uint8", "int4", "uint4")} | {"fp8": ir.DataType.FLOAT8E4M3FN}
@@ -154,6 +154,11 @@ class Stored:
     def shifts(self) -> bool:
         """True if zero points are in floating point, which ONNX's operators do not take."""
         return self.zero_point is not None and self.zero_point.dtype.kind == "f"
+
+    def floats(self) -> np.ndarray:
+        """The dequantized matrix in float32."""
+        points = None if self.zero_point is None else torch.tensor(self.zero_point)
+        return dequantize_stored(torch.tensor(self.q), torch.tensor(self.scale), points, torch.float32).numpy()
 
     def transposed(self) -> Stored:
         zero_point = None if self.zero_point is None else self.zero_point.T

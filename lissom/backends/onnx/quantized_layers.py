@@ -42,6 +42,12 @@ class Layer:
     def module(self) -> str:
         return module_of(self.product)
 
+    def simulated(self, reason: str) -> SimulatedLayer:
+        """The layer as one that is simulated in floating point, for this reason."""
+        weights = self.stored and f"{self.stored.form.name} weights"
+        values = self.rounded and f"{format_of(self.rounded).name} activations"
+        return SimulatedLayer(self.product.name or "", self.module, " on ".join(filter(None, (weights, values))), reason)
+
     @property
     def obstacle(self) -> str | None:
         """The reason the layer has no integer kernel; None if it has one."""
@@ -102,10 +108,7 @@ def simulated(layers: Sequence[Layer], accuracy_level: int, failure: str | None 
     for layer in layers:
         reason = layer.obstacle or level_obstacle(layer, accuracy_level) or failure
         if reason is not None:
-            weights = layer.stored and f"{layer.stored.form.name} weights"
-            values = layer.rounded and f"{format_of(layer.rounded).name} activations"
-            what = " on ".join(filter(None, (weights, values)))
-            simulated_layers.append(SimulatedLayer(layer.product.name or "", layer.module, what, reason))
+            simulated_layers.append(layer.simulated(reason))
     return simulated_layers
 
 

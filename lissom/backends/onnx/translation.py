@@ -240,8 +240,11 @@ _WRITTEN_BY: Mapping[object, str] = {
 """Operators that only Lissom or PyTorch have kernels for, and the passes that write them."""
 
 
-def check_translatable(program: Program) -> None:
+def check_translatable(program: Program, runtime: str) -> None:
     """Refuse weights in block formats, and operators that a lowering pass of another backend wrote.
+
+    Args:
+        runtime: the name that errors give.
 
     Raises:
         UnsupportedError: with the weight, or with the pass.
@@ -251,12 +254,12 @@ def check_translatable(program: Program) -> None:
         if isinstance(scale, fx.Node) and (dtype := nodes.tensor_type(scale).dtype) in BYTE_SCALES:
             weight = str(stored.target).removesuffix(f"_{form}")
             raise UnsupportedError(
-                f"ONNX Runtime has no kernel on a CPU for '{weight}' of {program.name}, a weight in {form} with scales in "
+                f"{runtime} has no kernel on a CPU for '{weight}' of {program.name}, a weight in {form} with scales in "
                 f"{short_dtype(dtype)}; choose quantize{{scheme=int4-weight}} or quantize{{scheme=int8-weight}}, or backend "
                 f"'eager'"
             )
     for node in program.nodes(*_WRITTEN_BY):
         raise UnsupportedError(
-            f"ONNX Runtime has no kernel for {node.target} in '{node.name}' of {program.name}, which the pass "
+            f"{runtime} has no kernel for {node.target} in '{node.name}' of {program.name}, which the pass "
             f"{_WRITTEN_BY[node.target]} writes for backend 'eager'; leave that pass out, or choose backend 'eager'"
         )

@@ -101,7 +101,7 @@ class OnnxRuntime(Backend):
         from lissom.backends.onnxruntime.opening import Opener, integer_products, start
         from lissom.backends.onnxruntime.variant_search import fastest_variant
 
-        check_translatable(program)
+        check_translatable(program, "ONNX Runtime")
         opener = Opener(self.name, program, self._session_options(program), self.accuracy_level)
         first = start(opener, example)
         search = fastest_variant(opener, first, example, self.timing_seconds)
