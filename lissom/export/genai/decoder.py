@@ -20,13 +20,15 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import torch
 
+from lissom.backends.exported import kind_and_reason
 from lissom.backends.onnx.attention import CONTRIB, skip_joins
 from lissom.backends.onnx.export import export_onnx, module_of
+from lissom.backends.onnx.integer_matmul import expand_integers
 from lissom.backends.onnx.quantized_layers import quantized_layers
 from lissom.backends.onnx.rewriting import Writer, constant_of, fixed_size, nodes_of, shape_of
 from lissom.backends.onnx.sparse_attention import Sparse
-from lissom.backends.onnx.translation import DOMAIN, SPARSE_ATTENTION
-from lissom.backends.onnx.variants import INTEGERS, RMS_NORMS, ROTARY, write_variant
+from lissom.backends.onnx.translation import DOMAIN, SPARSE_ATTENTION, check_translatable
+from lissom.backends.onnx.variants import RMS_NORMS, ROTARY, write_variant
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.operators import ATTENTIONS, FAKE_QUANTIZES
 from lissom.compiler.ir.program import Program
@@ -35,6 +37,8 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import UnsupportedError
 from lissom.export.genai.attention import UnmaskAttention, window_of
 from lissom.export.genai.families import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT, Layer
+from lissom.ops.formats import FORMATS
+from lissom.ops.quantization import dequantize
 from lissom.passes.canonical.fold_constants import FoldConstants
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
@@ -70,7 +74,9 @@ def decoder_of(program: Program, example: Sample) -> OnnxDecoder:
     layers = _add_cache(exported, mask)
     logits = _only_logits(exported)
     _name_sizes(exported)
-    model, _ = write_variant(exported, [INTEGERS, RMS_NORMS, ROTARY])
+    # ONNX Runtime would fuse int8 layers that are left in floating point to products that round activations.
+    expand_integers(exported, small=True)
+    model, _ = write_variant(exported, [RMS_NORMS, ROTARY])
     return OnnxDecoder(model, layers, products, fixed_size(logits, -1))
 
 
@@ -113,6 +119,12 @@ def _causal(program: Program, example: Sample) -> Program:
             f"{program.name} quantizes activations, at '{rounded[0].name}', which is not written for ONNX Runtime GenAI; choose "
             f"{_CHOICES}"
         )
+    odd = next((node for node in found.nodes(dequantize) if not _is_stored(node)), None)
+    if odd is not None:
+        raise UnsupportedError(
+            f"the weight '{odd.name}' of {program.name} is in {odd.kwargs.get('format')}, and MatMulNBits of ONNX Runtime takes "
+            f"integers of four and eight bits; choose {_CHOICES}"
+        )
     left = found.nodes(*ATTENTIONS)
     if left:
         reasons = {skip.node: skip.reason for skip in history.steps[-1].skipped}
@@ -124,12 +136,23 @@ def _causal(program: Program, example: Sample) -> Program:
     return found
 
 
+def _is_stored(node: torch.fx.Node) -> bool:
+    """True for a dequantized weight in integers of four or eight bits."""
+    form = FORMATS[str(node.kwargs["format"])]
+    return form.is_integer and form.bits in (4, 8)
+
+
 def _exported(program: Program, example: Sample) -> ir.Model:
+    check_translatable(program)
     try:
         return export_onnx(program, example, decompose=False)
     # The exporter's errors have no common class; with decompositions it translates more operators.
     except Exception:
+        pass
+    try:
         return export_onnx(program, example, decompose=True)
+    except Exception as error:
+        raise UnsupportedError(f"{program.name} has no translation to ONNX: {kind_and_reason(error)}") from error
 
 
 def _products(model: ir.Model) -> Counter[str]:
