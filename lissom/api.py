@@ -162,7 +162,7 @@ class Optimized:
         """Write a decoder as a folder for ONNX Runtime GenAI: ONNX model with a KV cache, configuration, tokenizer.
 
         Attention becomes `GroupQueryAttention`, sliding windows included, and int4 and int8 weights become `MatMulNBits`. ONNX
-        Runtime reads a text in two parts, and ONNX Runtime GenAI generates in a fresh process; both are compared with the
+        Runtime reads a text in parts, and ONNX Runtime GenAI generates in a fresh process; both are compared with the
         program before the folder is there. The directory is written completely or not at all, and must be new or empty.
 
         Args:

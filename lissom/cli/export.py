@@ -26,7 +26,8 @@ def run_export(
     model: Model,
     file: Annotated[Path, typer.Argument(help="The file to write, whose name ends in .gguf, or the directory.")],
     format: Annotated[
-        Literal["gguf", "compressed-tensors"], typer.Option(help="gguf: a file for llama.cpp; compressed-tensors: a directory.")
+        Literal["gguf", "compressed-tensors", "genai"],
+        typer.Option(help="gguf: a file for llama.cpp; compressed-tensors, genai: a directory."),
     ] = "gguf",
     passes: Passes = "exact",
     dtype: Annotated[
@@ -38,7 +39,7 @@ def run_export(
     metric: MetricName = None,
     max_drop: MaxDrop = None,
 ) -> None:
-    """Write a model after the passes for another runtime: llama.cpp, or transformers and vLLM."""
+    """Write a model after the passes for another runtime: llama.cpp, transformers and vLLM, or ONNX Runtime GenAI."""
     refuse_torchrun("export")
     chosen = _check_file(file, format, dtype)
     pipeline, quality = resolve_passes(passes), Quality(data, metric, max_drop)
@@ -51,7 +52,10 @@ def run_export(
         checks=check_options(checks),
         **quality.arguments(source, check_device(None)),
     )
-    written = optimized.export_gguf(file, dtype=chosen) if format == "gguf" else optimized.save_compressed(file)
+    if format == "genai":
+        written = optimized.save_genai(file)
+    else:
+        written = optimized.export_gguf(file, dtype=chosen) if format == "gguf" else optimized.save_compressed(file)
     for note in source.notes:
         Terminal(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
     console.print(f"{file}: {written}", highlight=False, soft_wrap=True, markup=False)
@@ -66,8 +70,8 @@ def _check_file(file: Path, format: str, dtype: str | None) -> Dtype | None:
         return None
     if file.suffix != ".gguf":
         raise typer.BadParameter(
-            f"lissom export writes GGUF files, named something.gguf, and not '{file.name}'; --format compressed-tensors writes "
-            f"a directory"
+            f"lissom export writes GGUF files, named something.gguf, and not '{file.name}'; --format compressed-tensors and "
+            f"genai write a directory"
         )
     check_writable(file)
     return check_dtype(dtype)

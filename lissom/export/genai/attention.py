@@ -1,6 +1,6 @@
 """The attention of a decoder in the form to which a KV cache can be added: causal, maybe with a sliding window, no mask.
 
-A text of ONNX Runtime GenAI has no padding, so the part of a mask that hides padding is left out.
+A text of ONNX Runtime GenAI has no padding here, so masks hide none.
 """
 
 from __future__ import annotations
@@ -15,15 +15,30 @@ from lissom.compiler.analysis.structure.operands import operands_obstacle, scale
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import computed_from
-from lissom.compiler.ir.operators import ATTENTIONS, RANGES
-from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.operators import ATTENTIONS, CONVERSIONS
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.export.genai.families import ATTENTION_MASK
 from lissom.ops.block_sparse_attention import block_sparse_attention
 from lissom.ops.pattern import UNBOUNDED, Pattern
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class UnpadText(Approximation):
+    """Takes ones in place of the attention mask: a text without padding."""
+
+    def run(self, edit: Editor) -> None:
+        given = zip(edit.program.placeholders, edit.program.signature.tensors, strict=True)
+        mask = next((node for node, leaf in given if leaf.path == ATTENTION_MASK), None)
+        if mask is None:
+            return
+        for reader in [user for user in mask.users if user.target is not aten.sym_size.int]:
+            with edit.before(reader):
+                if nodes.is_tensor(reader) and nodes.is_call(reader, *CONVERSIONS):
+                    edit.replace(reader, edit.call(aten.ones_like.default, mask, dtype=nodes.tensor_type(reader).dtype))
+                else:
+                    reader.replace_input_with(mask, edit.call(aten.ones_like.default, mask))
 
 
 @dataclass(frozen=True)
@@ -58,20 +73,12 @@ def _obstacle(edit: Editor, node: fx.Node, reading: Reading) -> str | None:
         return "its mask is neither causal nor a causal sliding window"
     if sinks_of(node) is not None:
         return "it has attention sinks"
-    if any(not _hides_padding(edit.program, part.node) for part in reading.rest):
-        return "its mask depends on more than positions and padding"
+    if reading.rest:
+        return "its mask depends on more than positions"
     q, v = (nodes.tensor_type(operand) for operand in (Attention(node).q, Attention(node).v))
     if q.rank == v.rank == 4 and q.shape[3] != v.shape[3]:
         return f"its keys have {q.shape[3]} features and its values {v.shape[3]}"
     return operands_obstacle(edit, node)
-
-
-def _hides_padding(program: Program, part: fx.Node) -> bool:
-    """True if a part of a mask is computed from the attention mask alone, without positions."""
-    sources = [*computed_from([part], through=lambda node: node.target is not aten.sym_size.int)]
-    given = zip(program.placeholders, program.signature.tensors, strict=False)
-    inputs = {leaf.path for node, leaf in given if node in sources}
-    return inputs == {ATTENTION_MASK} and not any(node.target in RANGES for node in sources)
 
 
 def _unmask(edit: Editor, node: fx.Node, reading: Reading) -> None:

@@ -7,7 +7,7 @@ values of each layer, [1, key heads, tokens or more, head_dim], and present thos
 
 Each causal attention becomes `com.microsoft.GroupQueryAttention`, which appends the new keys and values to the cache. Where the
 program counts its tokens from 0, the decoder reads position_ids. Nothing else in the program depends on earlier tokens; the
-writer compares a text in two parts with the whole text.
+writer compares a text in parts with the whole text.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 import torch
 
 from lissom.backends.exported import kind_and_reason
 from lissom.backends.onnx.attention import CONTRIB, skip_joins
-from lissom.backends.onnx.export import export_onnx, module_of
+from lissom.backends.onnx.export import export_onnx
 from lissom.backends.onnx.integer_matmul import expand_integers
 from lissom.backends.onnx.quantized_layers import quantized_layers
 from lissom.backends.onnx.rewriting import Writer, constant_of, fixed_size, nodes_of, shape_of
@@ -35,7 +34,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import UnsupportedError
-from lissom.export.genai.attention import UnmaskAttention, window_of
+from lissom.export.genai.attention import UnmaskAttention, UnpadText, window_of
 from lissom.export.genai.families import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT, Layer
 from lissom.ops.formats import FORMATS
 from lissom.ops.quantization import dequantize
@@ -86,44 +85,38 @@ def _check_call(program: Program) -> None:
     other = next((path for path in leaves if path not in _OWN), None)
     if other is not None or INPUT_IDS not in leaves:
         raise UnsupportedError(
-            f"ONNX Runtime GenAI calls a decoder with {', '.join(_OWN)}, and {program.name} reads '{other or next(iter(leaves))}'; "
-            f"call lissom.optimize with example inputs of these names"
+            f"ONNX Runtime GenAI calls a decoder with {', '.join(_OWN)}, and {program.name} reads "
+            f"'{other or next(iter(leaves))}'; call lissom.optimize with example inputs of these names"
         )
     batch, tokens = leaves[INPUT_IDS].shape[:2]
-    if isinstance(tokens, int) or isinstance(batch, int) and batch != 1:
+    if isinstance(tokens, int) or (isinstance(batch, int) and batch != 1):
         raise UnsupportedError(
             f"{program.name} takes {INPUT_IDS} of [{batch}, {tokens}] alone, and a decoder takes one text of any length; call "
             f"lissom.optimize with dynamic=True"
         )
     if program.state:
         raise UnsupportedError(f"{program.name} keeps '{program.state[0]}', and ONNX Runtime GenAI keeps keys and values alone")
-    narrow = next((n for n in program if nodes.is_tensor(n) and n.op != "output" and _is_bfloat16(n)), None)
-    if narrow is not None:
+    if any(nodes.is_tensor(n) and n.op != "output" and nodes.tensor_type(n).dtype == torch.bfloat16 for n in program):
         raise UnsupportedError(
-            f"ONNX Runtime lacks kernels of bfloat16 on a CPU, and {program.name} has it in '{narrow.name}'; convert the model "
-            f"to float32"
+            f"ONNX Runtime lacks kernels of bfloat16 on a CPU, and {program.name} computes in it; convert the model to float32"
         )
-
-
-def _is_bfloat16(node: torch.fx.Node) -> bool:
-    return nodes.tensor_type(node).dtype == torch.bfloat16
 
 
 def _causal(program: Program, example: Sample) -> Program:
     """The program with stored integers and without masks. Raises UnsupportedError if an attention keeps its own."""
-    passes = [FoldConstants(shared=True), FoldQuantizedWeights(), UnmaskAttention()]
+    passes = [FoldConstants(shared=True), FoldQuantizedWeights(), UnpadText(), UnmaskAttention()]
     found, history = Pipeline(passes, [example], checks="structural").run(program)
     rounded = found.nodes(*FAKE_QUANTIZES)
     if rounded:
         raise UnsupportedError(
-            f"{program.name} quantizes activations, at '{rounded[0].name}', which is not written for ONNX Runtime GenAI; choose "
-            f"{_CHOICES}"
+            f"{program.name} quantizes activations, at '{rounded[0].name}', which is not written for ONNX Runtime GenAI; "
+            f"choose {_CHOICES}"
         )
     odd = next((node for node in found.nodes(dequantize) if not _is_stored(node)), None)
     if odd is not None:
         raise UnsupportedError(
-            f"the weight '{odd.name}' of {program.name} is in {odd.kwargs.get('format')}, and MatMulNBits of ONNX Runtime takes "
-            f"integers of four and eight bits; choose {_CHOICES}"
+            f"'{nodes.operand(odd).target}' of {program.name} is in {odd.kwargs['format']}, and MatMulNBits of ONNX Runtime "
+            f"takes integers of four and eight bits; choose {_CHOICES}"
         )
     left = found.nodes(*ATTENTIONS)
     if left:
@@ -169,22 +162,19 @@ def _products(model: ir.Model) -> Counter[str]:
 
 
 def _take_mask(model: ir.Model) -> ir.Value:
-    """A new attention mask, [1, tokens so far], in place of the program's. Raises UnsupportedError if it reads more than sizes."""
-    common_passes.RemoveUnusedNodesPass()(model)
-    old = next((value for value in model.graph.inputs if value.name == ATTENTION_MASK), None)
-    if old is not None:
-        reader = next((node for node, _ in old.uses() if node.op_type != "Shape"), None)
-        if reader is not None:
-            raise UnsupportedError(
-                f"'{module_of(reader) or reader.name}' computes with the attention mask otherwise than hiding padding, and a text "
-                f"of ONNX Runtime GenAI has none; call lissom.optimize with input_ids alone"
-            )
-        ids = next(value for value in model.graph.inputs if value.name == INPUT_IDS)
-        ir.convenience.replace_all_uses_with(old, ids)
+    """A new attention mask, [1, tokens so far], in place of the program's, of which only sizes are read."""
+    inputs = {value.name: value for value in model.graph.inputs}
+    if (old := inputs.get(ATTENTION_MASK)) is not None:
+        ir.convenience.replace_all_uses_with(old, inputs[INPUT_IDS])
         model.graph.inputs.remove(old)
-    mask = ir.Input(ATTENTION_MASK, ir.Shape([1, _TOTAL]), ir.TensorType(ir.DataType.INT64))
-    model.graph.inputs.append(mask)
-    return mask
+    return _input(model, ATTENTION_MASK, ir.DataType.INT64, 1, _TOTAL)
+
+
+def _input(model: ir.Model, name: str, dtype: ir.DataType, *sizes: int | str | ir.SymbolicDim) -> ir.Value:
+    """A new input of the model."""
+    value = ir.val(name, dtype, ir.Shape(sizes))
+    model.graph.inputs.append(value)
+    return value
 
 
 def _take_positions(model: ir.Model) -> None:
@@ -192,8 +182,7 @@ def _take_positions(model: ir.Model) -> None:
     inputs = {value.name: value for value in model.graph.inputs}
     tokens, given = shape_of(inputs[INPUT_IDS])[1], inputs.get(POSITION_IDS)
     if given is None:
-        given = ir.Input(POSITION_IDS, ir.Shape([1, tokens]), ir.TensorType(ir.DataType.INT64))
-        model.graph.inputs.append(given)
+        given = _input(model, POSITION_IDS, ir.DataType.INT64, 1, tokens)
     for node in nodes_of(model, "", "Range"):
         first, step = constant_of(node.inputs[0]), constant_of(node.inputs[2])
         counts = first is not None and step is not None and first == 0 and step == 1
@@ -226,8 +215,7 @@ def _with_cache(model: ir.Model, node: ir.Node, index: int, lengths: Sequence[ir
     heads, key_heads, width = fixed_size(site.q, 1), fixed_size(site.k, 1), fixed_size(site.k, 3)
     window, dtype = window_of(site.pattern), site.q.dtype
     assert dtype is not None
-    shape = ir.Shape([1, key_heads, _PAST_TOKENS, width])
-    past = [ir.Input(name.format(index), shape, ir.TensorType(dtype)) for name in PAST]
+    past = [_input(model, name.format(index), dtype, 1, key_heads, _PAST_TOKENS, width) for name in PAST]
     inputs = [*map(site.joined, (site.q, site.k, site.v)), *past, *lengths]
     options: dict[str, float] = {"num_heads": heads, "kv_num_heads": key_heads, "scale": site.scale}
     options |= {"local_window_size": window} if window is not None else {}
@@ -241,7 +229,6 @@ def _with_cache(model: ir.Model, node: ir.Node, index: int, lengths: Sequence[ir
     apart = site.write.shaped(joined, 0, 0, heads, width)
     skip_joins(site.result, joined)
     site.write.replace(node, site.write.call("Transpose", apart, perm=(0, 2, 1, 3)))
-    model.graph.inputs.extend(past)
     model.graph.outputs.extend(present)
     return Layer(heads, key_heads, width, window)
 
@@ -253,7 +240,9 @@ def _only_logits(model: ir.Model) -> ir.Value:
         model.graph.outputs.remove(value)
     logits = model.graph.outputs[0]
     if logits.name != LOGITS or len(shape_of(logits)) != 3:
-        raise UnsupportedError("the program does not return logits for each token, from which ONNX Runtime GenAI takes the next")
+        raise UnsupportedError(
+            "the program does not return logits for each token, from which ONNX Runtime GenAI takes the next"
+        )
     return logits
 
 

@@ -35,6 +35,8 @@ TYPES: Mapping[str, str] = {
     "smollm3": "smollm3",
 }
 """The type in ONNX Runtime GenAI by the model type of transformers."""
+SHORTEST = 16
+"""The tokens of a text that is compared at least."""
 MODEL, CONFIG = "model.onnx", "genai_config.json"
 INPUT_IDS, ATTENTION_MASK, POSITION_IDS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
 PAST = ("past_key_values.{}.key", "past_key_values.{}.value")
@@ -73,22 +75,30 @@ def type_of(model: PreTrainedModel) -> str:
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """The most tokens of a text. Raises UnsupportedError for a model that does not say it."""
+    """The most tokens of a text. Raises UnsupportedError for a model that does not say it, or knows few."""
     lengths = [length for length in (longest_text(model), longrope_switch(model)) if length is not None]
     if not lengths:
         raise UnsupportedError(
             f"the configuration of {type(model).__name__} has no max_position_embeddings, and ONNX Runtime GenAI needs the "
             f"longest text; set it in the model's config"
         )
+    if min(lengths) < SHORTEST:
+        raise UnsupportedError(
+            f"{type(model).__name__} knows texts of {min(lengths)} tokens at most, and a comparison takes {SHORTEST}; give its "
+            f"config a larger max_position_embeddings"
+        )
     return min(lengths)
 
 
-def configuration(model: PreTrainedModel, kind: str, layers: Sequence[Layer], vocabulary: int) -> dict[str, Any]:
+def configuration(
+    model: PreTrainedModel, kind: str, layers: Sequence[Layer], vocabulary: int, tokenizer: object = None
+) -> dict[str, Any]:
     """The content of `genai_config.json`.
 
     Args:
         kind: the type in ONNX Runtime GenAI.
         vocabulary: the number of logits of a token.
+        tokenizer: names the special ids that the model does not.
     """
     first, length = layers[0], context_length(model)
     names = {"input_ids": INPUT_IDS, "attention_mask": ATTENTION_MASK, "position_ids": POSITION_IDS}
@@ -105,15 +115,16 @@ def configuration(model: PreTrainedModel, kind: str, layers: Sequence[Layer], vo
         "num_hidden_layers": len(layers),
         "num_key_value_heads": first.key_heads,
     }
-    content = {"type": kind, "context_length": length, "vocab_size": vocabulary, "decoder": decoder, **_special_ids(model)}
+    content = {"type": kind, "context_length": length, "vocab_size": vocabulary, "decoder": decoder}
+    content |= _special_ids(model, tokenizer)
     return {"model": content, "search": _search(model, length)}
 
 
-def _special_ids(model: PreTrainedModel) -> dict[str, object]:
-    """The ids that begin, end and pad texts, as far as the model has them."""
+def _special_ids(model: PreTrainedModel, tokenizer: object) -> dict[str, object]:
+    """The ids that begin, end and pad texts, as far as they are known."""
     ids: dict[str, Any] = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        given = (getattr(source, name, None) for source in (model.generation_config, model.config.get_text_config()))
+        given = (getattr(source, name, None) for source in (model.generation_config, model.config.get_text_config(), tokenizer))
         ids[name] = next((value for value in given if value is not None), None)
     ends = ids["eos_token_id"]
     if ids["pad_token_id"] is None:

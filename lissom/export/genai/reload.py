@@ -1,11 +1,12 @@
 """Generates from a written folder by ONNX Runtime GenAI in a fresh process.
 
-The process runs this module: it reads a request from its standard input, generates the likeliest tokens after two parts of a
-text in turn, and writes the text with the answers, and the logits they were chosen from, to a file.
+The process runs this module: it reads a request from its standard input, generates the likeliest tokens after the parts of
+a text in turn, none of which ends it, and writes the text with the answers, and the logits they were chosen from, to a file.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -33,7 +34,7 @@ class Request:
         directory: the folder.
         exchange: the directory of the answer.
         prompts: the parts of the text, each of which is answered.
-        steps: tokens of an answer at most.
+        steps: tokens of an answer.
         length: the capacity of the KV cache.
         shared: whether past and present are one buffer.
     """
@@ -61,7 +62,9 @@ class Generated:
     logits: torch.Tensor
 
 
-def generate(name: str, directory: Path, prompts: Sequence[Sequence[int]], steps: int, length: int, *, shared: bool) -> Generated:
+def generate(
+    name: str, directory: Path, prompts: Sequence[Sequence[int]], steps: int, length: int, *, shared: bool
+) -> Generated:
     """The text that a fresh process generates.
 
     Args:
@@ -92,21 +95,19 @@ def generate(name: str, directory: Path, prompts: Sequence[Sequence[int]], steps
 
 def _answer(request: Request) -> None:
     """Load the folder, generate, and write the text."""
-    import onnxruntime_genai
-
-    library: Any = onnxruntime_genai
+    library: Any = importlib.import_module("onnxruntime_genai")
     if hasattr(library, "disable_telemetry_events"):
         library.disable_telemetry_events()
     model = library.Model(request.directory)
     params = library.GeneratorParams(model)
     options = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
-    params.set_search_options(max_length=request.length, past_present_share_buffer=request.shared, **options)
+    # No text ends before its steps, so that all of them are compared.
+    lengths = {"max_length": request.length, "min_length": request.length}
+    params.set_search_options(past_present_share_buffer=request.shared, **lengths, **options)
     generator = library.Generator(model, params)
     chosen: list[int] = []
     logits: list[np.ndarray] = []
     for number, prompt in enumerate(request.prompts):
-        if number and generator.is_done():
-            break
         if number:
             # Reads the last token of the answer into the KV cache, which append_tokens takes to be there.
             generator.get_logits()
@@ -115,8 +116,6 @@ def _answer(request: Request) -> None:
             chosen.append(generator.token_count())
             logits.append(np.array(generator.get_logits(), np.float32).reshape(-1))
             generator.generate_next_token()
-            if generator.is_done():
-                break
     tokens = np.array(generator.get_sequence(0), np.int64)
     answer = {"tokens": tokens, "chosen": np.array(chosen, np.int64), "logits": np.stack(logits)}
     save_file(answer, Path(request.exchange) / _ANSWER)

@@ -1,6 +1,6 @@
 """Writes an optimized decoder as a folder for ONNX Runtime GenAI: ONNX model, `genai_config.json`, tokenizer.
 
-ONNX Runtime reads a text in two parts, and ONNX Runtime GenAI generates in a fresh process; both are compared with the program
+ONNX Runtime reads a text in parts, and ONNX Runtime GenAI generates in a fresh process; both are compared with the program
 before the folder is there.
 """
 
@@ -99,24 +99,31 @@ def write_genai(
     kind, length = type_of(model), context_length(model)
     missing = OnnxRuntime().missing()
     if missing is not None:
-        raise UnsupportedError("writing a folder for ONNX Runtime GenAI needs onnx, onnxscript and onnxruntime: pip install 'lissom[onnx]'")
+        raise UnsupportedError(
+            "writing a folder for ONNX Runtime GenAI needs onnx, onnxscript and onnxruntime: pip install 'lissom[genai]'"
+        )
     # ONNX is an optional dependency.
     from lissom.backends.onnx.export import save_onnx
     from lissom.export.genai.decoder import decoder_of
 
     decoder = decoder_of(program, example)
-    content = configuration(model, kind, decoder.layers, decoder.vocabulary)
+    content = configuration(model, kind, decoder.layers, decoder.vocabulary, tokenizer)
     compared: list[_Compared] = []
 
     def write(folder: Path) -> None:
         path = save_onnx(decoder.model, folder)
         (folder / CONFIG).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
         write_processors(folder, str(model.config._name_or_path) or None, tokenizer, processor)
-        compared.append(_compare(program, decoder, folder, path, length))
+        compared.append(_compare(program, decoder, folder, path, content["model"]))
 
     write_directory(directory, write)
     megabytes = sum(file.stat().st_size for file in directory.iterdir()) / 1e6
     notes = compared[0].notes
+    if "eos_token_id" not in content["model"]:
+        notes = (
+            *notes,
+            "no id is known to end texts, and ONNX Runtime GenAI takes 0 for it; set eos_token_id in the model's config",
+        )
     if not (directory / TOKENIZER).is_file():
         notes = (*notes, "without a tokenizer, so it is given token ids")
     return GenaiFolder(kind, decoder.layers, dict(decoder.products), megabytes, compared[0].error, notes)
@@ -128,12 +135,17 @@ class _Compared:
     notes: tuple[str, ...]
 
 
-def _compare(program: Program, decoder: OnnxDecoder, folder: Path, path: Path, length: int) -> _Compared:
-    """Compare the written decoder with the program. Raises UnsupportedError if it computes something else."""
+def _compare(program: Program, decoder: OnnxDecoder, folder: Path, path: Path, content: Mapping[str, Any]) -> _Compared:
+    """Compare the written decoder with the program. Raises UnsupportedError if it computes something else.
+
+    Args:
+        content: what the configuration says of the model.
+    """
+    length = content["context_length"]
     size = min(_PROMPT, length // 4)
     ids = torch.randint(0, decoder.vocabulary, (2 * size,), generator=torch.Generator().manual_seed(0))
     allowed = tolerance_of(program)
-    error = relative_error(_logits(program, ids), _in_two_parts(program, decoder, path, ids))
+    error = relative_error(_logits(program, ids), _in_parts(program, decoder, path, ids))
     if not error <= allowed:
         raise UnsupportedError(
             f"{program.name} with a KV cache in ONNX Runtime differs from {program.name} by {error:.2g} relative, allowed "
@@ -152,13 +164,21 @@ def _compare(program: Program, decoder: OnnxDecoder, folder: Path, path: Path, l
                 f"ONNX Runtime GenAI gives logits for {program.name} that differ by {found:.2g} relative, allowed {allowed:.2g}"
             )
         error = max(error, found)
-        counts.append(_equal_tokens(program, text))
-    return _Compared(error, (f"ONNX Runtime GenAI in a fresh process: {counts[0]}, with past and present in one buffer and in two",))
+        counts.append(_equal_tokens(program, text, content.get("eos_token_id", content.get("pad_token_id", 0))))
+    return _Compared(
+        error, (f"ONNX Runtime GenAI in a fresh process: {counts[0]}, with past and present in one buffer and in two",)
+    )
 
 
-def _equal_tokens(program: Program, text: Generated) -> str:
-    """How many greedy tokens are the program's."""
-    wanted = _logits(program, text.tokens)[text.chosen - 1].argmax(-1)
+def _equal_tokens(program: Program, text: Generated, ends: int | list[int]) -> str:
+    """How many greedy tokens are the program's.
+
+    Args:
+        ends: ids that end texts, which were not chosen.
+    """
+    logits = _logits(program, text.tokens)[text.chosen - 1]
+    logits[:, ends] = -torch.inf
+    wanted = logits.argmax(-1)
     found = text.tokens[text.chosen]
     equal = int((wanted == found).sum())
     if equal == len(wanted):
@@ -180,13 +200,13 @@ def _logits(program: Program, ids: torch.Tensor) -> torch.Tensor:
     return logits[0].float()
 
 
-def _in_two_parts(program: Program, decoder: OnnxDecoder, path: Path, ids: torch.Tensor) -> torch.Tensor:
-    """The decoder's logits of a text that it reads in two parts, [tokens, vocabulary]. Raises UnsupportedError."""
+def _in_parts(program: Program, decoder: OnnxDecoder, path: Path, ids: torch.Tensor) -> torch.Tensor:
+    """The decoder's logits of a text that it reads in three parts, [tokens, vocabulary]. Raises UnsupportedError."""
     import onnxruntime
 
     options: Any = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, torch.get_num_threads()
-    ends = (len(ids) - 3, len(ids))
+    ends = (len(ids) - 4, len(ids) - 1, len(ids))
     logits: list[torch.Tensor] = []
     try:
         session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -207,9 +227,7 @@ def _in_two_parts(program: Program, decoder: OnnxDecoder, path: Path, ids: torch
             logits.append(torch.from_numpy(found)[0].float())
     # ONNX Runtime's errors have no common class.
     except Exception as error:
-        raise UnsupportedError(
-            f"ONNX Runtime does not run the decoder of {program.name}: {kind_and_reason(error)}"
-        ) from error
+        raise UnsupportedError(f"ONNX Runtime does not run the decoder of {program.name}: {kind_and_reason(error)}") from error
     return torch.cat(logits)
 
 
