@@ -91,8 +91,8 @@ def _check_call(program: Program) -> None:
     batch, tokens = leaves[INPUT_IDS].shape[:2]
     if isinstance(tokens, int) or (isinstance(batch, int) and batch != 1):
         raise UnsupportedError(
-            f"{program.name} takes {INPUT_IDS} of [{batch}, {tokens}] alone, and a decoder takes one text of any length; call "
-            f"lissom.optimize with dynamic=True"
+            f"{program.name} takes {INPUT_IDS} of [{batch}, {tokens}] alone, and a decoder takes one text of any length; the "
+            f"report of lissom.optimize says why its sizes are fixed"
         )
     if program.state:
         raise UnsupportedError(f"{program.name} keeps '{program.state[0]}', and ONNX Runtime GenAI keeps keys and values alone")

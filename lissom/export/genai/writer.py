@@ -96,7 +96,8 @@ def write_genai(
         ArtifactError: if the directory exists, or cannot be written.
     """
     check_new(directory)
-    kind, length = type_of(model), context_length(model)
+    kind = type_of(model)
+    context_length(model)
     missing = OnnxRuntime().missing()
     if missing is not None:
         raise UnsupportedError(
