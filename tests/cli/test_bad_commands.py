@@ -78,7 +78,6 @@ COMMANDS: dict[str, tuple[str, int, str]] = {
     "export a checkpoint into a folder": ("export nowhere {folder} --format compressed-tensors", 1, "is not an artifact"),
     "export for GenAI in a dtype": ("export nowhere {folder}/new --format genai --dtype f16", 2, "--dtype is for GGUF files"),
     "export for GenAI into a folder": ("export nowhere {folder} --format genai", 1, "is not an artifact"),
-    "export an encoder for GenAI": ("export {model} {folder}/new --format genai", 1, "is none; CompiledModel.export_onnx"),
     "generate nothing": ("generate nowhere hello", 1, "'nowhere' is neither a directory"),
     "generate without prompt": ("generate nowhere", 2, "Missing argument"),
     "generate no tokens": ("generate nowhere hello --max-new-tokens 0", 2, "Invalid value for '--max-new-tokens'"),
