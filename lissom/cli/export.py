@@ -9,13 +9,14 @@ import typer
 
 from lissom import api
 from lissom.artifacts.directory import check_new
+from lissom.artifacts.model_files import TOKENIZER, Saveable
 from lissom.cli.options import Checks, Data, MaxDrop, MetricName, Model, Passes, Quality
 from lissom.compiler.pipeline.options import check_options
 from lissom.driver.options import resolve_passes
 from lissom.driver.torchrun import refuse_torchrun
 from lissom.export.gguf.writer import Dtype, check_dtype
 from lissom.frontends.capture.device import check_device
-from lissom.frontends.models.sources import load
+from lissom.frontends.models.sources import Source, load
 from lissom.inspect.terminal import Terminal
 from lissom.io.files import check_writable
 
@@ -53,12 +54,17 @@ def run_export(
         **quality.arguments(source, check_device(None)),
     )
     if format == "genai":
-        written = optimized.save_genai(file)
+        written = optimized.save_genai(file, tokenizer=_other_tokenizer(model, source))
     else:
         written = optimized.export_gguf(file, dtype=chosen) if format == "gguf" else optimized.save_compressed(file)
     for note in source.notes:
         Terminal(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
     console.print(f"{file}: {written}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _other_tokenizer(model: str, source: Source) -> Saveable | None:
+    """The tokenizer of a model that has no file with it, such as that of a GGUF file; None where it is copied."""
+    return None if source.checkpoint is None or (Path(model) / TOKENIZER).is_file() else source.checkpoint.tokenizer
 
 
 def _check_file(file: Path, format: str, dtype: str | None) -> Dtype | None:
