@@ -30,6 +30,26 @@ from lissom.export.genai.reload import generate  # noqa: E402
 VOCABULARY = 90
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 STEPS = 24
+REWOUND = """
+import json, sys
+import numpy as np
+import onnxruntime_genai as genai
+model = genai.Model(sys.argv[1])
+params = genai.GeneratorParams(model)
+params.set_search_options(max_length=200, min_length=200)
+generator = genai.Generator(model, params)
+texts = []
+generator.append_tokens(np.array([list(range(3, 43))], np.int32))
+while not generator.is_done():
+    generator.generate_next_token()
+texts.append(generator.get_sequence(0).tolist())
+generator.rewind_to(60)
+generator.append_tokens(np.array([[7, 8, 9]], np.int32))
+for _ in range(20):
+    generator.generate_next_token()
+texts.append(generator.get_sequence(0).tolist())
+print(json.dumps(texts))
+"""
 ELSEWHERE = """
 import json, sys
 import numpy as np
@@ -133,6 +153,21 @@ def test_genai_generates_as_the_program_does(family, passes, kinds, tmp_path):
     needs_genai()
     length = len(PROMPT) + STEPS
     assert elsewhere(tmp_path / "new", PROMPT, length) == greedy(found.program, PROMPT, length)
+
+
+@pytest.mark.slow
+def test_texts_of_many_windows_and_rewound_ones(tmp_path):
+    needs_genai()
+    found = optimized(decoder("gemma3_text", VOCABULARY, eos_token_id=0, pad_token_id=0), INT4)
+    found.save_genai(tmp_path / "new")
+    command = [sys.executable, "-c", REWOUND, str(tmp_path / "new")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    texts = json.loads(ended.stdout.splitlines()[-1])
+    assert [len(text) for text in texts] == [200, 83]
+    for text, prompt in zip(texts, (40, 63), strict=True):
+        (logits,) = found.program.run([torch.tensor([text])])
+        logits[..., 0] = -torch.inf  # ends texts, which are to have their full length
+        assert logits[0, prompt - 1 : -1].argmax(-1).tolist() == text[prompt:]
 
 
 @pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
