@@ -121,10 +121,9 @@ def write_genai(
     megabytes = sum(file.stat().st_size for file in directory.iterdir()) / 1e6
     notes = compared[0].notes
     if "eos_token_id" not in content["model"]:
-        notes = (
-            *notes,
-            "no id is known to end texts, and ONNX Runtime GenAI takes 0 for it; set eos_token_id in the model's config",
-        )
+        end = content["model"].get("pad_token_id", 0)
+        told = f"no id is known to end texts, and ONNX Runtime GenAI takes {end} for it; set eos_token_id in the model's config"
+        notes = (*notes, told)
     if not (directory / TOKENIZER).is_file():
         notes = (*notes, "without a tokenizer, so it is given token ids")
     return GenaiFolder(kind, decoder.layers, dict(decoder.products), megabytes, compared[0].error, notes)
