@@ -19,6 +19,7 @@ from lissom.driver.options import Inputs, OptimizeSettings, Settings
 from lissom.errors import UnsupportedError
 from lissom.export.checkpoint import save_checkpoint
 from lissom.export.compressed_tensors.writer import CompressedCheckpoint, write_compressed
+from lissom.export.genai.writer import GenaiFolder, write_genai
 from lissom.export.gguf.writer import Dtype, GgufFile, write_gguf
 from lissom.export.openvino_folder import OpenVinoFolder, write_openvino
 from lissom.export.pt2 import Pt2Package, write_pt2
@@ -156,6 +157,31 @@ class Optimized:
         model = self._transformers_model("checkpoint", tokenizer)
         tokenizer = self._own_tokenizer("a checkpoint", tokenizer, model)
         return write_compressed(self.program, model, self._example, check_path(directory), tokenizer, processor)
+
+    def save_genai(
+        self, directory: str | Path, *, tokenizer: Saveable | None = None, processor: Saveable | None = None
+    ) -> GenaiFolder:
+        """Write a decoder as a folder for ONNX Runtime GenAI: ONNX model with a KV cache, configuration, tokenizer.
+
+        Attention becomes `GroupQueryAttention`, sliding windows included, and int4 and int8 weights become `MatMulNBits`. ONNX
+        Runtime reads a text in parts, and ONNX Runtime GenAI generates in a fresh process; both are compared with the
+        program before the folder is there. The directory is written completely or not at all, and must be new or empty.
+
+        Args:
+            tokenizer: as for `CompiledModel.save`.
+            processor: as for `CompiledModel.save`.
+
+        Returns:
+            The type of the model, the kinds of its layers, the relative error of the logits, and notes on the comparison.
+
+        Raises:
+            UnsupportedError: if the model is not a causal language model of transformers, ONNX Runtime GenAI has no type for it
+                or cannot run the program, or the extra `onnx` is not installed.
+            ArtifactError: if it cannot be written.
+        """
+        model = self._transformers_model("folder for ONNX Runtime GenAI", tokenizer)
+        tokenizer = self._own_tokenizer("a folder for ONNX Runtime GenAI", tokenizer, model)
+        return write_genai(self.program, model, self._example, check_path(directory), tokenizer, processor)
 
     def export_gguf(self, path: str | Path, *, tokenizer: Saveable | None = None, dtype: Dtype | None = None) -> GgufFile:
         """Write a decoder as a GGUF file, which llama.cpp runs: weights, sizes of every layer, and the vocabulary.

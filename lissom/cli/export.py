@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 
 from lissom import api
 from lissom.artifacts.directory import check_new
+from lissom.artifacts.model_files import TOKENIZER, Saveable
 from lissom.cli.options import Checks, Data, MaxDrop, MetricName, Model, Passes, Quality
 from lissom.compiler.pipeline.options import check_options
 from lissom.driver.options import resolve_passes
 from lissom.driver.torchrun import refuse_torchrun
 from lissom.export.gguf.writer import Dtype, check_dtype
 from lissom.frontends.capture.device import check_device
-from lissom.frontends.models.sources import load
+from lissom.frontends.models.sources import Source, load
 from lissom.inspect.terminal import Terminal
 from lissom.io.files import check_writable
 
 console = Terminal()
 
+Format = Literal["gguf", "pt2", "compressed-tensors", "genai", "openvino"]
+_FILES: Mapping[Format, str] = {"gguf": "GGUF files", "pt2": "packages of AOTInductor"}
+"""The formats of one file, whose suffix is the format, in words; the others are directories."""
+
 
 def run_export(
     model: Model,
-    file: Annotated[Path, typer.Argument(help="The file to write, whose name ends in .gguf, or the directory.")],
+    file: Annotated[Path, typer.Argument(help="The file to write, named something.gguf or something.pt2, or the directory.")],
     format: Annotated[
-        Literal["gguf", "compressed-tensors", "openvino"],
-        typer.Option(help="gguf: a file for llama.cpp; compressed-tensors, openvino: a directory."),
+        Format, typer.Option(help="gguf: a file for llama.cpp; pt2: for AOTInductor; the others: a directory.")
     ] = "gguf",
     passes: Passes = "exact",
     dtype: Annotated[
@@ -39,7 +44,7 @@ def run_export(
     metric: MetricName = None,
     max_drop: MaxDrop = None,
 ) -> None:
-    """Write a model after the passes for another runtime: llama.cpp, transformers and vLLM, or OpenVINO."""
+    """Write a model after the passes for llama.cpp, AOTInductor, transformers and vLLM, ONNX Runtime GenAI, or OpenVINO."""
     refuse_torchrun("export")
     chosen = _check_file(file, format, dtype)
     pipeline, quality = resolve_passes(passes), Quality(data, metric, max_drop)
@@ -52,26 +57,38 @@ def run_export(
         checks=check_options(checks),
         **quality.arguments(source, check_device(None)),
     )
-    if format == "gguf":
-        written = optimized.export_gguf(file, dtype=chosen)
-    else:
-        written = optimized.save_compressed(file) if format == "compressed-tensors" else optimized.export_openvino(file)
+    match format:
+        case "gguf":
+            written = optimized.export_gguf(file, dtype=chosen)
+        case "pt2":
+            written = optimized.export_pt2(file)
+        case "compressed-tensors":
+            written = optimized.save_compressed(file)
+        case "genai":
+            written = optimized.save_genai(file, tokenizer=_other_tokenizer(model, source))
+        case "openvino":
+            written = optimized.export_openvino(file)
     for note in source.notes:
         Terminal(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
     console.print(f"{file}: {written}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _check_file(file: Path, format: str, dtype: str | None) -> Dtype | None:
+def _other_tokenizer(model: str, source: Source) -> Saveable | None:
+    """The tokenizer of a model that has no file with it, such as that of a GGUF file; None where it is copied."""
+    return None if source.checkpoint is None or (Path(model) / TOKENIZER).is_file() else source.checkpoint.tokenizer
+
+
+def _check_file(file: Path, format: Format, dtype: str | None) -> Dtype | None:
     """The dtype of a GGUF file, after checking what is written. Raises ArtifactError."""
-    if format != "gguf":
-        if dtype is not None:
-            raise typer.BadParameter(f"--dtype is for GGUF files, and --format is {format}; use cast{{dtype=bf16}} in --passes")
+    if format != "gguf" and dtype is not None:
+        raise typer.BadParameter(f"--dtype is for GGUF files, and --format is {format}; use cast{{dtype=bf16}} in --passes")
+    if format not in _FILES:
         check_new(file)
         return None
-    if file.suffix != ".gguf":
+    if file.suffix != f".{format}":
         raise typer.BadParameter(
-            f"lissom export writes GGUF files, named something.gguf, and not '{file.name}'; --format compressed-tensors "
-            f"and --format openvino write a directory"
+            f"lissom export writes {_FILES[format]}, named something.{format}, and not '{file.name}'; --format chooses another "
+            f"of {', '.join(get_args(Format))}"
         )
     check_writable(file)
     return check_dtype(dtype)

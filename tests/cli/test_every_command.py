@@ -66,7 +66,9 @@ EXPORT = [
     "export {bpe} {new}/out.gguf --dtype f16 --checks structural",
     "export {bpe} {new}/out.gguf --passes prune-neurons{{keep=0.5}} --data {texts} --metric agreement --max-drop 1.0",
     "export {bpe} {new}/out --format compressed-tensors --passes quantize{{scheme=int8-weight}}",
+    "export {model} {new}/out.pt2 --format pt2",
     "export {model} {new}/out --format openvino --passes quantize{{scheme=int8-weight}}",
+    "export {bpe} {new}/out --format genai --passes quantize{{scheme=int4-weight}}",
 ]
 OPT = [
     "opt {program} --passes remove-no-ops,quantize --size batch=2 --size sequence=8 --checks structural --diff",

@@ -53,17 +53,21 @@ _FACTOR = 8
 """Input features per row of zero points at least; where more rows are needed, they are subtracted after the product."""
 
 
-def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = False, standard: bool = False) -> int:
+def expand_integers(
+    model: ir.Model, accuracy_level: int = 0, *, beside: bool = False, standard: bool = False, small: bool = False
+) -> int:
     """Replace quantized layers with integer kernels where there are any; returns how many.
 
     Args:
         standard: with operators of standard ONNX alone.
+        small: also weight-only layers whose kernel is not faster than dequantizing the weight, for the size of the model.
         beside: keep each layer, and add an output with its integer kernel's error on the same input, as `distance` gives it.
     """
     groups: dict[ir.Value, list[Layer]] = defaultdict(list)
     for layer in quantized_layers(model):
         by_hand = standard and (layer.rounded is None or layer.by_group)
-        if layer.obstacle is None and level_obstacle(layer, accuracy_level) is None and not by_hand:
+        slow = not small and level_obstacle(layer, accuracy_level) is not None
+        if layer.obstacle is None and not slow and not by_hand:
             groups[layer.x].append(layer)
     for group in groups.values():
         write, rounded = Writer(model), group[0].rounded

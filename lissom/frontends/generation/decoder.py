@@ -249,7 +249,7 @@ def check_generating(model: nn.Module, max_length: int, batch: int) -> PreTraine
     known = longest_text(model)
     if known is not None and max_length > known:
         raise InputError(f"max_length is {max_length}, and {name} knows positions up to {known}; give {known} or less")
-    switch = _longrope_switch(model)
+    switch = longrope_switch(model)
     if switch is not None and max_length > switch:
         raise InputError(
             f"max_length is {max_length}, and {name} has other rotary frequencies in texts of more than {switch} tokens "
@@ -258,7 +258,7 @@ def check_generating(model: nn.Module, max_length: int, batch: int) -> PreTraine
     return model
 
 
-def _longrope_switch(model: PreTrainedModel) -> int | None:
+def longrope_switch(model: PreTrainedModel) -> int | None:
     """The number of tokens beyond which longrope uses its long frequencies; None for other models."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     kinds = [rope, *(parameters for parameters in rope.values() if isinstance(parameters, dict))]

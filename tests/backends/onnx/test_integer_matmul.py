@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import lissom
 from lissom.backends.names import input_names
 from lissom.backends.onnx.export import export_onnx, save_onnx
+from lissom.backends.onnx.integer_matmul import expand_integers
 from lissom.backends.onnx.quantized_layers import quantized_layers, simulated
 from lissom.backends.onnx.variants import INTEGERS, write_check, write_variant
 from tests.support import captures
@@ -232,6 +233,16 @@ def test_a_layer_without_a_product_of_integers_says_why(options, reason):
     assert reason in left.reason
     assert left.module == "layer"
     assert write_variant(export, [INTEGERS])[1][INTEGERS] == 0
+
+
+def test_small_models_multiply_eight_bits_without_rounding_activations(tmp_path):
+    program, export = exported_layer("scheme=int8-weight")
+    model = export.clone()
+    assert expand_integers(model) == 0 and expand_integers(model, small=True) == 1
+    x = normal(2, 5, WIDE)
+    (found,), _ = run(program, write_variant(model, [])[0], tmp_path, x)
+    # float32: sums of 384 products in another order.
+    torch.testing.assert_close(torch.from_numpy(found), program(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("accuracy_level", [0, 4])
