@@ -136,7 +136,7 @@ def _is_stored(node: torch.fx.Node) -> bool:
 
 
 def _exported(program: Program, example: Sample) -> ir.Model:
-    check_translatable(program)
+    check_translatable(program, "ONNX Runtime")
     try:
         return export_onnx(program, example, decompose=False)
     # The exporter's errors have no common class; with decompositions it translates more operators.
