@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,8 +23,8 @@ from lissom.compiler.ir.types import format_type
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.errors import UnsupportedError
+from lissom.export.fresh_process import run_fresh
 from lissom.io.files import check_writable, copy_bytes, writing_whole
-from lissom.io.processes import python_environment
 
 _CALL = """
 import sys
@@ -119,14 +118,7 @@ def _error_elsewhere(package: Path, program: Program, example: Sample) -> float:
         copies = [tensor.clone(memory_format=torch.contiguous_format) for tensor in example]  # they may share memory
         save_file({str(index): tensor for index, tensor in enumerate(copies)}, given)
         command = [sys.executable, "-P", "-c", _CALL, str(package), str(given), str(found)]
-        ended = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=False, env=python_environment(), cwd=folder
-        )
-        if ended.returncode:
-            last = next((line.strip() for line in reversed(ended.stderr.splitlines()) if line.strip()), "no message")
-            raise UnsupportedError(
-                f"a fresh process does not run the package of {program.name}, so it is not written: {last:.300}"
-            )
+        run_fresh("PyTorch", f"the package of {program.name}", command, folder=Path(folder))
         outputs = load_file(found)
     wanted = [leaf.cpu() for leaf in program.run(example) if isinstance(leaf, torch.Tensor)]
     error = max(relative_error(tensor, outputs[str(index)]) for index, tensor in enumerate(wanted))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,8 +24,9 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import relative_error
 from lissom.errors import UnsupportedError
+from lissom.export.fresh_process import run_fresh
 from lissom.frontends.capture.kv_cache import is_kv_cache_object, without_kv_cache
-from lissom.io.processes import python_command, python_environment
+from lissom.io.processes import python_command
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,21 +90,8 @@ def reload(
     with tempfile.TemporaryDirectory(prefix="lissom-reload-") as exchange:
         save_file(tensors, Path(exchange) / _INPUTS)
         request = Request(str(directory), type(model).__name__, exchange, options, layers, dequantize, torch.get_num_threads())
-        ended = subprocess.run(
-            python_command("lissom.export.compressed_tensors.reload"),
-            input=json.dumps(asdict(request)),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            env=python_environment(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"),
-        )
-        if ended.returncode:
-            last = next((line.strip() for line in reversed(ended.stderr.splitlines()) if line.strip()), "no message")
-            raise UnsupportedError(
-                f"transformers does not run the checkpoint of {program.name} in a fresh process, so it is not written: "
-                f"{last:.300}"
-            )
+        command = python_command("lissom.export.compressed_tensors.reload")
+        run_fresh("transformers", f"the checkpoint of {program.name}", command, json.dumps(asdict(request)))
         outputs, unrounded = ([*load_file(Path(exchange) / name).values()] for name in (_OUTPUTS, _UNROUNDED))
         return Reloaded(outputs, unrounded, json.loads((Path(exchange) / _HASHES).read_text(encoding="utf-8")))
 

@@ -22,7 +22,6 @@ TYPES: Mapping[str, str] = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3_text",
     "granite": "granite",
-    "hunyuan_v1_dense": "hunyuandensev1",
     "llama": "llama",
     "mistral": "mistral",
     "nemotron": "nemotron",

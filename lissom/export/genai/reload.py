@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from lissom.errors import UnsupportedError
-from lissom.io.processes import python_command, python_environment
+from lissom.export.fresh_process import run_fresh
+from lissom.io.processes import python_command
 
 _ANSWER = "answer.safetensors"
 
@@ -75,20 +74,8 @@ def generate(
     """
     with tempfile.TemporaryDirectory(prefix="lissom-reload-") as exchange:
         request = Request(str(directory), exchange, prompts, steps, length, shared)
-        ended = subprocess.run(
-            python_command("lissom.export.genai.reload"),
-            input=json.dumps(asdict(request)),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            env=python_environment(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"),
-        )
-        if ended.returncode:
-            last = next((line.strip() for line in reversed(ended.stderr.splitlines()) if line.strip()), "no message")
-            raise UnsupportedError(
-                f"ONNX Runtime GenAI does not run the decoder of {name} in a fresh process, so it is not written: {last:.300}"
-            )
+        command = python_command("lissom.export.genai.reload")
+        run_fresh("ONNX Runtime GenAI", f"the decoder of {name}", command, json.dumps(asdict(request)))
         answer = load_file(Path(exchange) / _ANSWER)
     return Generated(*(torch.from_numpy(answer[part]) for part in ("tokens", "chosen", "logits")))
 

@@ -1,0 +1,172 @@
+"""`python -m tools.zoo.formats`: write models of the zoo in the formats of other runtimes.
+
+Each file or folder is loaded by the library it is for and compared with the program before it is there, so what is written is
+equal within the tolerance of the program; the rest has to be refused in a sentence, with nothing left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+
+import lissom
+from lissom.errors import LissomError, VerifyError
+from tools.zoo import huggingface, selection
+from tools.zoo.check import sentence
+from tools.zoo.entry import FAMILIES, Entry
+from tools.zoo.generation import DIFFERS, EQUAL, FAILS, REFUSED
+
+Record = dict[str, Any]
+
+
+class Cell(NamedTuple):
+    """A format and the passes before it. loaded: by whom."""
+
+    format: str
+    passes: str
+    loaded: str
+    write: Callable[[lissom.Optimized, Path], object]
+
+
+CELLS = (
+    Cell("pt2", "exact", "PyTorch", lambda optimized, path: optimized.export_pt2(path)),
+    Cell("openvino", "exact", "OpenVINO", lambda optimized, path: optimized.export_openvino(path)),
+    Cell("openvino", "quantize{scheme=int8-weight}", "OpenVINO", lambda optimized, path: optimized.export_openvino(path)),
+    Cell("genai", "exact", "ONNX Runtime GenAI", lambda optimized, path: optimized.save_genai(path)),
+    Cell("genai", "quantize{scheme=int4-weight}", "ONNX Runtime GenAI", lambda optimized, path: optimized.save_genai(path)),
+    Cell(
+        "compressed-tensors",
+        "quantize{scheme=int4-weight,symmetric=true}",
+        "transformers",
+        lambda optimized, path: optimized.save_compressed(path),
+    ),
+    Cell(
+        "compressed-tensors",
+        "quantize{scheme=int8-dynamic}",
+        "transformers",
+        lambda optimized, path: optimized.save_compressed(path),
+    ),
+)
+FAMILIES_WRITTEN = ("causal", "classifier", "masked", "encoder", "vision")
+_SECTION = "## In formats of other runtimes\n"
+_INTRODUCTION = """\
+The same models in the [formats of other runtimes](export.md), each loaded by its library and compared with the program:
+`python -m tools.zoo.formats` does it. The error is the largest of the outputs, relative; bytes are those of the file or folder
+as a part of the model's weights in float32. GGUF files have a [table of their own](export.md#gguf-for-llamacpp), and ONNX files
+are in the first table.
+"""
+
+
+def check(entry: Entry, report: Callable[[Record], None]) -> None:
+    """Write one model in every format. report: called with the record after every cell."""
+    record: Record = {"phase": "build", "cells": {}}
+    report(record)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        case = entry.build()
+        record["model"] = type(case.model).__name__
+        size = 4 * sum(parameter.numel() for parameter in case.model.parameters())
+        for cell in CELLS:
+            record["phase"] = name = _name(cell)
+            record["cells"][name] = {"outcome": FAILS, "reason": "it ran out of time or memory"}
+            report(record)
+            record["cells"][name] = _outcome(cell, case, size)
+    report(record | {"phase": None})
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.format} {cell.passes}"
+
+
+def _outcome(cell: Cell, case: Any, size: int) -> Record:
+    """What became of a cell: the outcome, its reason, and the error and the relative size of what was written."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"written{'.pt2' if cell.format == 'pt2' else ''}"
+        try:
+            written: Any = cell.write(lissom.optimize(case.model, case.inputs, passes=cell.passes, checks="structural"), path)
+        except Exception as error:
+            if any(Path(folder).iterdir()):
+                return {"outcome": FAILS, "reason": f"it left something behind, and said: {sentence(error)}"}
+            kind = DIFFERS if isinstance(error, VerifyError) else REFUSED if isinstance(error, LissomError) else FAILS
+            return {"outcome": kind, "reason": sentence(error)}
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        share = sum(file.stat().st_size for file in files) / size
+        return {"outcome": EQUAL, "reason": None, "error": float(written.relative_error), "share": share}
+
+
+def is_wrong(record: Record) -> bool:
+    """True if something is written wrongly, or is neither written nor refused in a sentence."""
+    return bool({cell["outcome"] for cell in record["cells"].values()} & {DIFFERS, FAILS})
+
+
+def describe(record: Record) -> str:
+    """One line: the model, its time, and its cells."""
+    told = (
+        f"{name} {cell['outcome']}" + (f" ({why})" if (why := cell["reason"]) else "") for name, cell in record["cells"].items()
+    )
+    return f"{record['name']} ({record['total_seconds']:.1f} s): {'; '.join(told)}"
+
+
+def headline(records: Sequence[Record]) -> str:
+    """The sentence that counts outcomes."""
+    counts = Counter(cell["outcome"] for record in records for cell in record["cells"].values())
+    told = f"{counts[EQUAL]} written and loaded, {counts[REFUSED]} refused, {counts[DIFFERS] + counts[FAILS]} wrong"
+    return f"{len(records)} models in {len(CELLS)} forms: {told}."
+
+
+def section(records: Sequence[Record]) -> str:
+    """The section of the coverage page: a row per form and family, then the reasons for refusals with their numbers."""
+    lines = [
+        _SECTION,
+        _INTRODUCTION,
+        f"{headline(records)}\n",
+        "| format | passes | loaded by | family | models | written | largest error | bytes | refused | wrong |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for cell in CELLS:
+        for family in FAMILIES:
+            mine = [
+                record["cells"][_name(cell)]
+                for record in records
+                if record["family"] == family and _name(cell) in record["cells"]
+            ]
+            if mine:
+                lines.append(f"| {cell.format} | `{cell.passes}` | {cell.loaded} | {family} | {_counts(mine)} |")
+    reasons = Counter(
+        (name, str(cell["reason"]).replace(record["model"], "the model"))
+        for record in records
+        for name, cell in record["cells"].items()
+        if cell["outcome"] == REFUSED
+    )
+    lines += ["", *(f"- {name}, {count} refused: {reason}" for (name, reason), count in reasons.most_common())]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _counts(cells: Sequence[Record]) -> str:
+    """Columns of a row: models, written, largest error, bytes, refused, wrong."""
+    counts, written = Counter(cell["outcome"] for cell in cells), [cell for cell in cells if cell["outcome"] == EQUAL]
+    error = f"{max(cell['error'] for cell in written):.1e}" if written else ""
+    share = f"{sum(cell['share'] for cell in written) / len(written):.2f}" if written else ""
+    return f"{len(cells)} | {len(written)} | {error} | {share} | {counts[REFUSED]} | {counts[DIFFERS] + counts[FAILS]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the models that the arguments select; returns 1 if one is wrong."""
+    chosen = [entry for entry in huggingface.entries() if entry.family in FAMILIES_WRITTEN]
+    return selection.compare_all(arguments, "formats", __doc__, chosen, check, describe, section, headline, is_wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
