@@ -25,7 +25,7 @@ from lissom.backends.openvino.integers import (
     rounded_by_kernels,
     write_check,
 )
-from lissom.backends.openvino.network import GROUP_SIZE, options_of, reason_of, shared
+from lissom.backends.openvino.network import GROUP_SIZE, core, options_of, reason_of, shared
 from lissom.backends.openvino.softplus import write_out_softplus
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
@@ -88,7 +88,7 @@ def _read(program: Program, model: ir.Model) -> openvino.Model:
         # Weights are mapped, and stay readable after the file is deleted.
         path = save_onnx(model, Path(folder))
         try:
-            return openvino.Core().read_model(path)
+            return core().read_model(path)
         except RuntimeError as error:
             lacking = _UNCONVERTED.search(str(error))
             if lacking is None:
@@ -110,7 +110,7 @@ def _checked(program: Program, example: Sample, exported: ir.Model, group: int, 
     model, names = write_check(exported, group)
     if not names:
         return set()
-    compiled = openvino.Core().compile_model(
+    compiled = core().compile_model(
         _read(program, write_variant(model, [RMS_NORMS], standard=True)[0]), "CPU", options_of(program, threads, group)
     )
     inputs = [*input_names(program), *state_names(program)[0]]

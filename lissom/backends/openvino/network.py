@@ -6,6 +6,7 @@ import shutil
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +140,22 @@ class Network:
                 )
 
 
+@cache
+def core() -> openvino.Core:
+    """OpenVINO, which is kept until the process ends.
+
+    For tiles its CPU plugin gives the thread that loads it a stack for signals. It frees that stack when it is unloaded, and a
+    Ctrl-C then ends the process if another thread unloaded it (OpenVINO 2026.4).
+    """
+    return openvino.Core()
+
+
 def open_network(program: Program, path: Path, threads: int) -> Network:
     """Read and compile an IR for the CPU. Raises ArtifactError when its inputs or outputs are not the program's."""
-    core = openvino.Core()
-    model = core.read_model(path)
+    model = core().read_model(path)
     _check_interface(program, path, model)
     _check_states(program, path, model)
-    return Network(program, path, core.compile_model(model, "CPU", options_of(program, threads, _group_of(path, model))))
+    return Network(program, path, core().compile_model(model, "CPU", options_of(program, threads, _group_of(path, model))))
 
 
 def options_of(program: Program, threads: int, group: int) -> dict[str, str]:

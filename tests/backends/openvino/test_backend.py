@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -312,3 +314,27 @@ def test_fastest_tries_it(monkeypatch):
     case = feed_forward()
     fast = lissom.compile(case.model, case.inputs, backend="fastest")
     assert any("openvino " in note and note.startswith("fastest: ") for note in fast.report.history.steps[-1].notes)
+
+
+INTERRUPTED = """
+import gc, os, signal, sys, threading
+import torch
+import lissom
+
+heard = []
+signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+model, example = torch.nn.Linear(512, 512), torch.randn(64, 512)
+found = [lissom.compile(model, example, backend="openvino", goal=None)]
+# The last of a network goes in another thread.
+thread = threading.Thread(target=lambda: (found.clear(), gc.collect()))
+thread.start()
+thread.join()
+kept = [torch.randn(5000) for _ in range(1000)]
+os.kill(os.getpid(), signal.SIGINT)
+sys.exit(0 if heard else 1)
+"""
+
+
+def test_a_signal_comes_through_after_the_last_network_is_gone():
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED], check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-500:]
