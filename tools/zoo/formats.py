@@ -6,9 +6,12 @@ equal within the tolerance of the program; the rest has to be refused in a sente
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import sys
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,6 +27,7 @@ import lissom
 from lissom.errors import LissomError, VerifyError
 from tools.zoo import huggingface, selection
 from tools.zoo.check import sentence
+from tools.zoo.coverage import load, put_section
 from tools.zoo.entry import FAMILIES, Entry
 from tools.zoo.generation import DIFFERS, EQUAL, FAILS, REFUSED
 
@@ -61,7 +65,7 @@ CELLS = (
 FAMILIES_WRITTEN = ("causal", "classifier", "masked", "encoder", "vision")
 _SECTION = "## In formats of other runtimes\n"
 _INTRODUCTION = """\
-The same models in the [formats of other runtimes](export.md), each loaded by its library and compared with the program:
+Models of transformers in the [formats of other runtimes](export.md), each loaded by its library and compared with the program:
 `python -m tools.zoo.formats` does it. The error is the largest of the outputs, relative; bytes are those of the file or folder
 as a part of the model's weights in float32. GGUF files have a [table of their own](export.md#gguf-for-llamacpp), and ONNX files
 are in the first table.
@@ -163,9 +167,29 @@ def _counts(cells: Sequence[Record]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the models that the arguments select; returns 1 if one is wrong."""
-    chosen = [entry for entry in huggingface.entries() if entry.family in FAMILIES_WRITTEN]
-    return selection.compare_all(arguments, "formats", __doc__, chosen, check, describe, section, headline, is_wrong)
+    """Write the models that the arguments select; returns 1 if one is wrong.
+
+    They are written in this process, one after the other: a process that was forked hangs in libraries with threads.
+    """
+    parser = argparse.ArgumentParser(prog="python -m tools.zoo.formats", description=__doc__)
+    selection.add_arguments(parser, "formats.json")
+    options = parser.parse_args(arguments)
+    entries = [entry for entry in huggingface.entries() if entry.family in FAMILIES_WRITTEN]
+    chosen = selection.choose(parser, options, entries)
+    if not options.resume:
+        options.output.unlink(missing_ok=True)
+    for entry in chosen:
+        record, started = Record(name=entry.name, family=entry.family), time.perf_counter()
+        check(entry, record.update)
+        record["total_seconds"] = time.perf_counter() - started
+        with options.output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        print(describe(record), flush=True)
+    records = load(options.output)
+    if (path := selection.page(options)) is not None:
+        put_section(path, section(records))
+    print(headline(records))
+    return 1 if any(map(is_wrong, records)) else 0
 
 
 if __name__ == "__main__":
