@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from lissom.artifacts.facts import Facts
 from lissom.artifacts.manifest import MODEL_TYPE
 from lissom.compiler.analysis.embedding_bounds import vocabulary_size
 from lissom.compiler.ir.program import Program
@@ -46,6 +47,14 @@ def original_fields(fields: Mapping[str, object]) -> dict[str, object]:
     if fields.get("model_type") == MODEL_TYPE and isinstance(original, Mapping):
         kept["model_type"] = original.get("model_type")
     return kept
+
+
+def write_model_files(folder: Path, facts: Facts, tokenizer: Saveable | None, processor: Saveable | None) -> None:
+    """Write the configuration, tokenizer and processor of a model for other libraries. Errors as of `write_processors`."""
+    # Without the place on this machine that the model came from.
+    fields = {name: value for name, value in facts.configuration.items() if name != "_name_or_path"}
+    (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_processors(folder, facts.source, tokenizer, processor)
 
 
 def write_processors(folder: Path, source: str | None, tokenizer: Saveable | None, processor: Saveable | None) -> None:

@@ -83,6 +83,13 @@ def free_dimensions(leaf: TensorArgument) -> dict[int, object]:
     return {index: Dim.AUTO for index, size in enumerate(leaf.type.shape) if not isinstance(size, int)}
 
 
+def root_of(error: BaseException) -> BaseException:
+    """The error at the end of a chain of causes."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def kind_and_reason(error: BaseException) -> str:
     """The class of an error, and the first non-empty line of its message."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")

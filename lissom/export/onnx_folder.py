@@ -19,7 +19,7 @@ from torch import nn
 
 from lissom.artifacts.directory import check_new, write_directory
 from lissom.artifacts.facts import Facts
-from lissom.artifacts.model_files import CONFIG, TOKENIZER, Saveable, write_processors
+from lissom.artifacts.model_files import CONFIG, TOKENIZER, Saveable, write_model_files
 from lissom.backends.base import confirm
 from lissom.compiler.analysis.structure.linear import is_quantizer
 from lissom.compiler.ir.program import Program
@@ -136,10 +136,7 @@ def _bits(format: object) -> int:
 
 
 def _write(facts: Facts, chosen: Mapping[Dtype, Sequence[Pass]], export: Export, folder: Path) -> None:
-    # Without the place on this machine that the model came from.
-    fields = {name: value for name, value in facts.configuration.items() if name != "_name_or_path"}
-    (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    write_processors(folder, facts.source, export.tokenizer, export.processor)
+    write_model_files(folder, facts, export.tokenizer, export.processor)
     (folder / "onnx").mkdir()
     wanted, metadata = _wanted(export), _metadata(folder)
     files = [_write_file(folder / "onnx", dtype, passes, export, wanted, metadata) for dtype, passes in chosen.items()]

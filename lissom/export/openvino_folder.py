@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from lissom.artifacts.directory import check_new, write_directory
 from lissom.artifacts.facts import Facts
-from lissom.artifacts.model_files import CONFIG, Saveable, write_processors
+from lissom.artifacts.model_files import Saveable, write_model_files
 from lissom.backends.openvino.backend import OpenVino
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
@@ -88,10 +87,7 @@ def write_openvino(
         hint: Any = network.compiled.get_property("INFERENCE_PRECISION_HINT")
         written.append(OpenVinoFolder(size, error, (*network.notes, _PRECISION.format(hint.get_type_name()))))
         if facts is not None:
-            # Without the place on this machine that the model came from.
-            fields = {name: value for name, value in facts.configuration.items() if name != "_name_or_path"}
-            (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            write_processors(folder, facts.source, tokenizer, processor)
+            write_model_files(folder, facts, tokenizer, processor)
 
     write_directory(directory, write)
     return written[0]

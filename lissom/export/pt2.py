@@ -21,9 +21,9 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.types import format_type
 from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.compiler.verify.divergence import relative_error, tolerance_of
+from lissom.compiler.verify.divergence import tolerance_of
 from lissom.errors import UnsupportedError
-from lissom.export.fresh_process import run_fresh
+from lissom.export.fresh_process import error_of, outputs_of, run_fresh
 from lissom.io.files import check_writable, copy_bytes, writing_whole
 
 _CALL = """
@@ -120,8 +120,7 @@ def _error_elsewhere(package: Path, program: Program, example: Sample) -> float:
         command = [sys.executable, "-P", "-c", _CALL, str(package), str(given), str(found)]
         run_fresh("PyTorch", f"the package of {program.name}", command, folder=Path(folder))
         outputs = load_file(found)
-    wanted = [leaf.cpu() for leaf in program.run(example) if isinstance(leaf, torch.Tensor)]
-    error = max(relative_error(tensor, outputs[str(index)]) for index, tensor in enumerate(wanted))
+    error = error_of([outputs[str(index)] for index in range(len(outputs))], outputs_of(program, example))
     if not error <= (allowed := tolerance_of(program)):
         raise UnsupportedError(
             f"in a fresh process, the package of {program.name} gives outputs that differ by {error:.2g} (relative), and "

@@ -44,22 +44,22 @@ class Cell(NamedTuple):
 
 
 CELLS = (
-    Cell("pt2", "exact", "PyTorch", lambda optimized, path: optimized.export_pt2(path)),
-    Cell("openvino", "exact", "OpenVINO", lambda optimized, path: optimized.export_openvino(path)),
-    Cell("openvino", "quantize{scheme=int8-weight}", "OpenVINO", lambda optimized, path: optimized.export_openvino(path)),
-    Cell("genai", "exact", "ONNX Runtime GenAI", lambda optimized, path: optimized.save_genai(path)),
-    Cell("genai", "quantize{scheme=int4-weight}", "ONNX Runtime GenAI", lambda optimized, path: optimized.save_genai(path)),
+    Cell("pt2", "exact", "PyTorch", lissom.Optimized.export_pt2),
+    Cell("openvino", "exact", "OpenVINO", lissom.Optimized.export_openvino),
+    Cell("openvino", "quantize{scheme=int8-weight}", "OpenVINO", lissom.Optimized.export_openvino),
+    Cell("genai", "exact", "ONNX Runtime GenAI", lissom.Optimized.save_genai),
+    Cell("genai", "quantize{scheme=int4-weight}", "ONNX Runtime GenAI", lissom.Optimized.save_genai),
     Cell(
         "compressed-tensors",
         "quantize{scheme=int4-weight,symmetric=true}",
         "transformers",
-        lambda optimized, path: optimized.save_compressed(path),
+        lissom.Optimized.save_compressed,
     ),
     Cell(
         "compressed-tensors",
         "quantize{scheme=int8-dynamic}",
         "transformers",
-        lambda optimized, path: optimized.save_compressed(path),
+        lissom.Optimized.save_compressed,
     ),
 )
 FAMILIES_WRITTEN = ("causal", "classifier", "masked", "encoder", "vision")

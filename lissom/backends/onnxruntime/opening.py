@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from lissom.backends.base import confirm
-from lissom.backends.exported import kind_and_reason
+from lissom.backends.exported import kind_and_reason, root_of
 from lissom.backends.names import input_names, output_names, state_names
 from lissom.backends.onnx.export import export_onnx, save_onnx
 from lissom.backends.onnx.integer_matmul import PRODUCTS
@@ -113,9 +113,7 @@ def integer_products(opener: Opener, session: Session) -> str:
 
 def root_reason(error: BaseException) -> str:
     """The class and first line of the error at the end of a chain of causes."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return kind_and_reason(error)
+    return kind_and_reason(root_of(error))
 
 
 def _start(opener: Opener, example: Sample, decompose: bool) -> Start:

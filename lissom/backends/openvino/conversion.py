@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 import openvino
 
+from lissom.backends.exported import root_of
 from lissom.backends.names import input_names, state_names
 from lissom.backends.onnx.export import export_onnx, save_onnx
 from lissom.backends.onnx.quantized_layers import Layer, quantized_layers
@@ -128,6 +129,5 @@ def _refused(program: Program) -> Generator[None]:
     except LissomError:
         raise
     except Exception as error:
-        while isinstance(error.__cause__, Exception):
-            error = error.__cause__
-        raise UnsupportedError(f"OpenVINO cannot run {program.name}: {reason_of(error)}; choose backend 'eager'") from error
+        reason = reason_of(root_of(error))
+        raise UnsupportedError(f"OpenVINO cannot run {program.name}: {reason}; choose backend 'eager'") from error

@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.verify.divergence import relative_error
 from lissom.errors import UnsupportedError
 from lissom.export.fresh_process import run_fresh
 from lissom.frontends.capture.kv_cache import is_kv_cache_object, without_kv_cache
@@ -94,19 +93,6 @@ def reload(
         run_fresh("transformers", f"the checkpoint of {program.name}", command, json.dumps(asdict(request)))
         outputs, unrounded = ([*load_file(Path(exchange) / name).values()] for name in (_OUTPUTS, _UNROUNDED))
         return Reloaded(outputs, unrounded, json.loads((Path(exchange) / _HASHES).read_text(encoding="utf-8")))
-
-
-def outputs_of(program: Program, example: Sample) -> list[torch.Tensor]:
-    """The outputs of a program, on the CPU."""
-    with torch.no_grad():
-        return [leaf.cpu() for leaf in program.run(example) if isinstance(leaf, torch.Tensor)]
-
-
-def error_of(outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
-    """The largest relative error of outputs; infinite if they differ in number or shape."""
-    if not wanted or [leaf.shape for leaf in outputs] != [leaf.shape for leaf in wanted]:
-        return float("inf")
-    return max(map(relative_error, wanted, outputs))
 
 
 def arguments_of(program: Program, model: nn.Module, example: Sample) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

@@ -159,25 +159,26 @@ def _compare(program: Program, decoder: OnnxDecoder, folder: Path, path: Path, c
     counts: list[str] = []
     for shared in (True, False):
         text = generate(program.name, folder, prompts, steps, min(length, 2 * (size + steps) + 1), shared=shared)
-        found = relative_error(_logits(program, text.tokens)[text.chosen - 1], text.logits)
+        wanted = _logits(program, text.tokens)[text.chosen - 1]
+        found = relative_error(wanted, text.logits)
         if not found <= allowed:
             raise UnsupportedError(
                 f"ONNX Runtime GenAI gives logits for {program.name} that differ by {found:.2g} relative, allowed {allowed:.2g}"
             )
         error = max(error, found)
-        counts.append(_equal_tokens(program, text, content.get("eos_token_id", content.get("pad_token_id", 0))))
+        counts.append(_equal_tokens(wanted, text, content.get("eos_token_id", content.get("pad_token_id", 0))))
     return _Compared(
         error, (f"ONNX Runtime GenAI in a fresh process: {counts[0]}, with past and present in one buffer and in two",)
     )
 
 
-def _equal_tokens(program: Program, text: Generated, ends: int | list[int]) -> str:
+def _equal_tokens(logits: torch.Tensor, text: Generated, ends: int | list[int]) -> str:
     """How many greedy tokens are the program's.
 
     Args:
+        logits: of the program, before each token that was chosen; changed here.
         ends: ids that end texts, which were not chosen.
     """
-    logits = _logits(program, text.tokens)[text.chosen - 1]
     logits[:, ends] = -torch.inf
     wanted = logits.argmax(-1)
     found = text.tokens[text.chosen]

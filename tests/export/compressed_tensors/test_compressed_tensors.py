@@ -24,9 +24,10 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.export.checkpoint import plain_model
 from lissom.export.compressed_tensors.layers import padded
-from lissom.export.compressed_tensors.reload import error_of, outputs_of, reload
+from lissom.export.compressed_tensors.reload import reload
 from lissom.export.compressed_tensors.schemes import Inputs, LayerScheme, check_fused, check_loads
 from lissom.export.compressed_tensors.writer import CompressedCheckpoint
+from lissom.export.fresh_process import error_of, outputs_of
 from lissom.export.quantized_weights import in_floating_point, quantized_weights
 from lissom.frontends.checkpoints.compressed_tensors_config import Scheme
 from lissom.frontends.models.huggingface import load
