@@ -52,7 +52,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the documents, code and pictures that pages link to, and the report."""
     known = {file.src_uri for file in files}
     waiting = [ROOT / "README.md", ROOT / "CHANGELOG.md", DOCS / "decisions", DOCS / "schemes"]
-    waiting += [*sorted(DOCS.rglob("*.md")), *sorted((ROOT / "examples").glob("*.py"))]
+    waiting += [*sorted(DOCS.rglob("*.md")), *_examples()]
     while waiting:
         path = waiting.pop()
         if site_uri(path) not in known:
@@ -125,10 +125,15 @@ def _folder(name: str) -> list[object]:
     if name == "passes":
         return ["passes/index.md", *_passes()]
     if name == "examples":
-        return [{path.name: f"examples/{path.name}.md"} for path in sorted((ROOT / "examples").glob("*.py"))]
+        return [{path.name: f"examples/{path.name}.md"} for path in _examples()]
     if name == "schemes":
         return ["schemes/index.md", *(f"schemes/{scheme}.md" for scheme in _SCHEMES_ORDER)]
     return ["decisions/index.md", *(f"decisions/{path.name}" for path in sorted((DOCS / name).glob("*.md")))]
+
+
+def _examples() -> list[Path]:
+    """The scripts in examples/ by name, in Python and in C++."""
+    return sorted(path for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".cpp"))
 
 
 def _passes() -> Iterator[dict[str, list[dict[str, str]]]]:
@@ -164,7 +169,7 @@ def _file(path: Path, config: MkDocsConfig) -> File:
         return File.generated(config, uri, abs_src_path=str(path))
     code = path.read_text(encoding="utf-8")
     about = ast.get_docstring(ast.parse(code)) if path.suffix == ".py" else None
-    language = "python" if path.suffix == ".py" else "text"
+    language = {".py": "python", ".cpp": "cpp"}.get(path.suffix, "text")
     name = path.relative_to(ROOT).as_posix()
     return File.generated(config, uri, content=f"# {name}\n\n{about or ''}\n\n```{language}\n{code.strip()}\n```\n")
 
