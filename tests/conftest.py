@@ -25,6 +25,7 @@ from hypothesis import settings
 from lissom.frontends.models.huggingface import Checkpoint, load
 from tests.support import captures
 from tests.support.models import Case, feed_forward, tiny_bert, tiny_llama
+from tools.pretend_cuda import pretend_cuda
 
 # Exports make millions of objects that live for a moment, beside a large heap that stays: a tenth of the time would go here.
 gc.set_threshold(20_000)
@@ -41,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    skips = {"gpu": pytest.mark.skip(reason="needs a CUDA device")} if not torch.cuda.is_available() else {}
+    skips: dict[str, pytest.MarkDecorator] = {}
     if not config.getoption("--slow"):
         skips["slow"] = pytest.mark.skip(reason="slow; run with --slow")
         skips["multiprocess"] = pytest.mark.skip(reason="starts processes of its own; run with --slow")
@@ -49,6 +50,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, skip in skips.items():
             if item.get_closest_marker(marker):
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def gpu(request: pytest.FixtureRequest) -> Generator[None]:
+    """The GPU of a test marked gpu, pretended on a machine without one, unless the test needs a real one."""
+    marker = request.node.get_closest_marker("gpu")
+    if marker is not None and not torch.cuda.is_available():
+        if marker.kwargs.get("real"):
+            pytest.skip("needs a CUDA device")
+        with pretend_cuda():
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(params=[feed_forward, tiny_bert, tiny_llama], ids=lambda build: build.__name__)

@@ -258,7 +258,7 @@ def test_a_system_that_tells_nothing_is_no_error(monkeypatch, features_read_anew
     assert machine.device_name(CPU) != ""
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real=True)
 def test_a_card_has_ceilings_above_the_processors(measured):
     card = measured.on(torch.device("cuda", 0))
     assert card.name == torch.cuda.get_device_name(0)
