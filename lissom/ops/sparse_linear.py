@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from torch.nn import functional
-from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
@@ -24,6 +23,8 @@ from lissom.ops.library import LIBRARY, define
 DTYPES = (torch.bfloat16, torch.float16)
 ROWS, COLUMNS = 32, 64
 """The numbers of which the sizes of a weight must be multiples."""
+_TOGETHER = 8
+"""The number of which the rows of a product on CUDA must be a multiple."""
 
 
 def is_two_in_four(weight: torch.Tensor) -> bool:
@@ -54,11 +55,13 @@ def sparse_linear_reference(
 def _sparse_linear_cuda(
     x: torch.Tensor, values: torch.Tensor, places: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    shape = torch.Size((values.shape[0], 2 * values.shape[1]))
-    weight = SparseSemiStructuredTensorCUTLASS(
-        shape, packed=values, meta=places, packed_t=None, meta_t=None, compressed_swizzled_bitmask=None
-    )  # pyright: ignore[reportCallIssue]
-    return functional.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    padded = functional.pad(rows, (0, 0, 0, -rows.shape[0] % _TOGETHER)).t()
+    if bias is None:
+        result = torch._sparse_semi_structured_mm(values, places, padded)
+    else:
+        result = torch._sparse_semi_structured_addmm(bias, values, places, padded)
+    return result.t()[: rows.shape[0]].reshape(*x.shape[:-1], values.shape[0])
 
 
 def _shape_of(x: torch.Tensor, values: torch.Tensor, *_: object) -> torch.Tensor:

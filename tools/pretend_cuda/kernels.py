@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
+
+from lissom.ops import block_sparse_attention
 
 aten = torch.ops.aten
-_OWN = ("aten", "prim", "prims", "profiler")
+OWN = ("aten", "prim", "prims", "profiler")
 """The namespaces of operators that PyTorch has for CUDA, unless they are named below."""
 _CPU_ONLY = ("mkldnn", "onednn", "mkl", "quantized", "_for_cpu", "xnnpack", "fbgemm")
 """Parts of the names of operators that there are for the CPU alone."""
@@ -18,16 +22,11 @@ _KEYS = ("CUDA", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
 def require_kernel(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Raise what PyTorch raises where an operator has no kernel for CUDA, or not for these operands."""
     name = func.name()
-    missing = func.namespace not in _OWN and not any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in _KEYS)
+    missing = func.namespace not in OWN and not any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in _KEYS)
     if missing or any(part in name for part in _CPU_ONLY):
         raise NotImplementedError(f"Could not run '{name}' with arguments from the 'CUDA' backend.")
     if func is aten._int_mm.default:
         _require_int_mm(*args)
-
-
-def kernel(func: torch._ops.OpOverload) -> Callable[..., object]:
-    """What computes an operator on CPU tensors: itself, or a reference where there is no kernel for them."""
-    return _REFERENCES.get(func, func)
 
 
 def _require_int_mm(left: torch.Tensor, right: torch.Tensor) -> None:
@@ -66,7 +65,26 @@ def _weight_int4pack_mm(x: torch.Tensor, packed: torch.Tensor, group: int, grid:
     return (x.float() @ ((q - 8.0) * steps + offsets).t()).bfloat16()
 
 
-_REFERENCES: dict[object, Callable[..., object]] = {
+def _sparse_semi_structured_addmm(
+    bias: torch.Tensor | None, values: torch.Tensor, places: torch.Tensor, dense: torch.Tensor
+) -> torch.Tensor:
+    """A 2:4 weight by [inputs, rows], which PyTorch runs by CUTLASS on compute capability 8.x alone; rounded once.
+
+    https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/sparse/cuda/SparseSemiStructuredOps.cu
+    """
+    if torch.cuda.get_device_capability()[0] != 8:
+        raise RuntimeError("_sparse_semi_structured_mm: Supported only on GPUs with compute capability 8.x")
+    if dense.shape[1] % 8:
+        raise RuntimeError(f"_sparse_semi_structured_mm: {dense.shape[1]} columns are no multiple of 8")
+    product = sparse_semi_structured_to_dense_cutlass(values, places).float() @ dense.float()
+    return (product if bias is None else product + bias.float()[:, None]).to(dense.dtype)
+
+
+REFERENCES: dict[object, Callable[..., object]] = {
     aten._convert_weight_to_int4pack.default: _convert_weight_to_int4pack,
     aten._weight_int4pack_mm.default: _weight_int4pack_mm,
+    aten._sparse_semi_structured_mm.default: partial(_sparse_semi_structured_addmm, None),
+    aten._sparse_semi_structured_addmm.default: _sparse_semi_structured_addmm,
+    block_sparse_attention: block_sparse_attention,
 }
+"""What computes operators that only a GPU has. Block-sparse attention is FlexAttention there, which Triton compiles."""

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tools.pretend_cuda.kernels import kernel, require_kernel
+from tools.pretend_cuda.kernels import OWN, REFERENCES, require_kernel
 from tools.pretend_cuda.recording import Recording, recording, waiting_is_refused
 
 aten = torch.ops.aten
@@ -40,6 +40,7 @@ READING = {
 _INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._unsafe_index.Tensor}
 
 
+_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _AWAY = 1 << 60
 """Added to addresses, so that whoever reads one on the host fails."""
 
@@ -70,7 +71,7 @@ class PretendTensor(torch.Tensor):
     values: torch.Tensor
 
     @staticmethod
-    def __new__(cls, values: torch.Tensor) -> PretendTensor:
+    def __new__(cls: type[PretendTensor], values: torch.Tensor) -> PretendTensor:
         # A view of a tensor made outside inference mode must be none of its own.
         with torch.inference_mode(False):
             made = torch.Tensor._make_wrapper_subclass(
@@ -128,10 +129,13 @@ def run(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, A
             "called a synchronizing CUDA operation" if records is None else "operation not permitted when stream is capturing"
         )
         raise RuntimeError(f"CUDA error: {doing} ({func})")
+    if func.namespace not in OWN and func not in REFERENCES:
+        # Its kernel for CUDA, or what it is written in: those operators come here in turn.
+        return func.redispatch(_CUDA, *args, **kwargs)
     if func is aten._to_copy.default or func is aten.copy_.default:
         return _copied(func, args, kwargs, records)
     given_args, given_kwargs = pytree.tree_map(_on_cpu, (tuple(args), dict(kwargs)))
-    compute = kernel(func)
+    compute = REFERENCES.get(func, func)
     result = compute(*given_args, **given_kwargs)
     if records is not None:
         records.add(compute, given_args, given_kwargs, result)

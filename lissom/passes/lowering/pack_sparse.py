@@ -2,7 +2,7 @@
 
 Two of every four neighbouring weights are skipped, which halves the arithmetic and nearly halves the bytes of the weight.
 Whether that makes a layer faster depends on its sizes and the device, so by default each is timed both ways at the sizes of the
-example, and packed where that is faster. It needs compute capability 8.0 or newer, bfloat16 or float16, and weights whose sizes
+example, and packed where that is faster. It needs compute capability 8.0 to 8.9, bfloat16 or float16, and weights whose sizes
 are multiples of 32 and 64; NVIDIA 2020, A100 Tensor Core GPU Architecture, section on structured sparsity. Dense layers are
 skipped. On other devices the pass is of no use: the operator unpacks the weight at every call.
 """
@@ -66,8 +66,8 @@ def _obstacle(layer: Linear, *, any_device: bool) -> str | None:
         return "its weight is read elsewhere too"
     if x.device.type != "cuda" and not any_device:
         return "its weight is 2:4, which makes it no faster on a CPU"
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "its weight is 2:4, for which this device has no tensor cores"
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] != 8:
+        return "its weight is 2:4, for which PyTorch has kernels on compute capability 8.0 to 8.9 only"
     if weight.dtype not in DTYPES or x.dtype != weight.dtype:
         return "its weight is 2:4, which is fast in bfloat16 and float16 only: put cast before"
     if nodes.fixed_size(weight, 0) % ROWS or nodes.fixed_size(weight, 1) % COLUMNS:
