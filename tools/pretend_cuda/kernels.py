@@ -80,11 +80,17 @@ def _sparse_semi_structured_addmm(
     return (product if bias is None else product + bias.float()[:, None]).to(dense.dtype)
 
 
+def _histc(values: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+    """Of integers too."""
+    return torch.histc(values.float(), *arguments, **named).to(values.dtype)
+
+
 REFERENCES: dict[object, Callable[..., object]] = {
     aten._convert_weight_to_int4pack.default: _convert_weight_to_int4pack,
     aten._weight_int4pack_mm.default: _weight_int4pack_mm,
     aten._sparse_semi_structured_mm.default: partial(_sparse_semi_structured_addmm, None),
     aten._sparse_semi_structured_addmm.default: _sparse_semi_structured_addmm,
+    aten.histc.default: _histc,
     block_sparse_attention: block_sparse_attention,
 }
 """What computes operators that only a GPU has. Block-sparse attention is FlexAttention there, which Triton compiles."""

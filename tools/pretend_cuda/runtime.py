@@ -87,6 +87,7 @@ def _register_guard() -> None:
             subprocess.run([*find_compiler(), *flags, str(_GUARD), *paths, "-lc10", "-o", str(made)], check=True)
             made.replace(library)
     torch.ops.load_library(str(library))
+
     _REGISTERED = True
 
 

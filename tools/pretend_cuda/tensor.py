@@ -129,6 +129,9 @@ def run(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, A
             "called a synchronizing CUDA operation" if records is None else "operation not permitted when stream is capturing"
         )
         raise RuntimeError(f"CUDA error: {doing} ({func})")
+    if func not in REFERENCES and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        # In inference mode these come here as they are.
+        return func.decompose(*args, **kwargs)
     if func.namespace not in OWN and func not in REFERENCES:
         # Its kernel for CUDA, or what it is written in: those operators come here in turn.
         return func.redispatch(_CUDA, *args, **kwargs)

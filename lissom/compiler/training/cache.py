@@ -18,12 +18,13 @@ _LARGEST = torch.finfo(torch.float16).max / 2
 
 @dataclass(frozen=True)
 class _Kept:
-    """A tensor in the file: where it starts, its dtype there, and its own dtype and shape."""
+    """A tensor in the file: where it starts, its dtype there, and its own dtype, shape and device."""
 
     start: int
     stored: torch.dtype
     dtype: torch.dtype
     shape: torch.Size
+    device: torch.device
 
 
 class TargetCache:
@@ -82,10 +83,10 @@ class TargetCache:
 
     def _write(self, tensor: torch.Tensor) -> _Kept:
         stored = torch.float16 if not tensor.numel() or bool(tensor.abs().max() < _LARGEST) else torch.bfloat16
-        data = tensor.detach().to(stored).contiguous().view(torch.int16).numpy().tobytes()
+        data = tensor.detach().to("cpu", stored).contiguous().view(torch.int16).numpy().tobytes()
         if self._end + len(data) > self._room:
             raise OSError("it would take more than its share of the free disk space")
-        place = _Kept(self._end, stored, tensor.dtype, tensor.shape)
+        place = _Kept(self._end, stored, tensor.dtype, tensor.shape, tensor.device)
         written = 0
         while written < len(data):
             written += os.pwrite(self._file.fileno(), data[written:], self._end + written)
@@ -94,4 +95,4 @@ class TargetCache:
 
     def _read(self, place: _Kept) -> torch.Tensor:
         data = bytearray(os.pread(self._file.fileno(), 2 * place.shape.numel(), place.start))
-        return torch.frombuffer(data, dtype=place.stored).view(place.shape).to(place.dtype)
+        return torch.frombuffer(data, dtype=place.stored).view(place.shape).to(place.device, place.dtype)

@@ -87,12 +87,12 @@ def _hides_no_more(mask: fx.Node, padding: fx.Node | None, causal: bool, values:
     queries, keys = value.shape[-2:]
     if (causal and queries != keys) or (value.dtype != torch.bool and bool(value[~hidden].any())):
         return False
-    kept = torch.ones(value.shape[0], keys, dtype=torch.bool) if padding is None else values[padding] != 0
+    kept = torch.ones(value.shape[0], keys, dtype=torch.bool, device=value.device) if padding is None else values[padding] != 0
     if kept.shape[1] != keys or value.shape[0] not in (1, len(kept)):
         return False
     wanted = ~kept[:, None, None, :]
     if causal:
-        wanted = wanted | torch.ones(queries, keys, dtype=torch.bool).triu(1)
+        wanted = wanted | torch.ones(queries, keys, dtype=torch.bool, device=value.device).triu(1)
     looked_at = kept[:, None, :, None] if queries == keys else kept.any(1)[:, None, None, None]
     return not bool(((hidden != wanted) & looked_at).any())
 

@@ -301,7 +301,8 @@ def scale_units(program: Program, site: UnitSite, moments: Moments, gone: torch.
     Args:
         moments: of its layers' inputs.
     """
-    weight, gram = site.matrix(program).cpu(), moments.gram.cpu()
+    held = site.matrix(program)
+    weight, gram = held.cpu(), moments.gram.cpu()
     stay = torch.ones(site.count, dtype=torch.bool)
     stay[gone] = False
     products = (weight.T @ weight) * gram
@@ -317,4 +318,4 @@ def scale_units(program: Program, site: UnitSite, moments: Moments, gone: torch.
         factors = stay.double()
     scaled = torch.zeros_like(weight)
     scaled[:, site.units] = weight[:, site.units] * factors[:, None].float()
-    return scaled
+    return scaled.to(held.device)

@@ -98,7 +98,7 @@ class _Writer:
     def _look_up(self) -> fx.Node:
         """The layout at the blocks of queries and keys, [heads or 1, queries, keys]; later blocks use its last one."""
         assert self._layout is not None
-        table = self._edit.weight(self._name, self._layout)
+        table = self._edit.weight(self._name, self._layout.to(nodes.tensor_type(self._tokens["query"]).device))
         for dim, of in ((1, "query"), (2, "key")):
             blocks = self._blocks(of, self._pattern.block)
             index = self._edit.call(aten.clamp_max.default, blocks, self._layout.shape[dim] - 1)
