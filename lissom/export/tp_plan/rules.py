@@ -170,11 +170,12 @@ def _shards(
         for name, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append((path, name, module))
     weights, linear = program.weights(), {str(weight.target) for weight in linear_weights(program)}
+    layers = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, (*_layers(), nn.Embedding)))
     sites: dict[int, list[_Shard]] = {}
     for target, (site, (dim, spans)) in placed.items():
         parameter = parameters.get(target)
         # The model computes other constants itself, such as the slopes of heads, for as many heads as its configuration has.
-        if parameter is None and target not in linear:
+        if parameter is None and target not in linear and not target.startswith(layers):
             continue
         if parameter is None or parameter.shape != weights[target].shape:
             raise UnsupportedError(
