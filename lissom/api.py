@@ -23,6 +23,7 @@ from lissom.export.genai.writer import GenaiFolder, write_genai
 from lissom.export.gguf.writer import Dtype, GgufFile, write_gguf
 from lissom.export.openvino_folder import OpenVinoFolder, write_openvino
 from lissom.export.pt2 import Pt2Package, write_pt2
+from lissom.export.tp_plan.writer import TpPlan, write_tp_plan
 from lissom.frontends.models.adapters import with_merged_adapters
 from lissom.inspect.report import Report
 from lissom.io.files import check_path
@@ -225,6 +226,25 @@ class Optimized:
             ArtifactError: if the file cannot be written.
         """
         return write_pt2(self.program, self._example, check_path(path))
+
+    def export_tp_plan(self, path: str | Path) -> TpPlan:
+        """Write the placements of `shard` as a JSON file for transformers' own tensor parallelism, without its weights.
+
+        The model itself is loaded with it: `from_pretrained(folder, distributed_config=json.loads(text))`, on as many ranks as
+        `shard` planned for. Where the model's forward does not work on a part of its heads, the layers are sharded and their
+        values gathered. Ranks of transformers on this CPU have given the outputs of one rank before the file is written,
+        completely or not at all; for them the weights are copied to a temporary directory.
+
+        Returns:
+            The plan, the size of a rank's parameters, the relative error of the outputs, and notes on gathered values.
+
+        Raises:
+            UnsupportedError: if the model is not one of transformers, nothing is sharded, other passes changed its weights, or
+                transformers cannot carry out the plan.
+            ArtifactError: if the file cannot be written.
+        """
+        model = self._transformers_model("plan of tensor parallelism", None)
+        return write_tp_plan(self.program, model, self._example, check_path(path))
 
     def export_openvino(
         self, directory: str | Path, *, tokenizer: Saveable | None = None, processor: Saveable | None = None

@@ -23,16 +23,23 @@ from lissom.io.files import check_writable
 
 console = Terminal()
 
-Format = Literal["gguf", "pt2", "compressed-tensors", "genai", "openvino"]
-_FILES: Mapping[Format, str] = {"gguf": "GGUF files", "pt2": "packages of AOTInductor"}
-"""The formats of one file, whose suffix is the format, in words; the others are directories."""
+Format = Literal["gguf", "pt2", "compressed-tensors", "genai", "openvino", "tp-plan"]
+_FILES: Mapping[Format, tuple[str, str]] = {
+    "gguf": (".gguf", "GGUF files"),
+    "pt2": (".pt2", "packages of AOTInductor"),
+    "tp-plan": (".json", "plans of tensor parallelism"),
+}
+"""The suffix of each format of one file, and the format in words; the others are directories."""
 
 
 def run_export(
     model: Model,
-    file: Annotated[Path, typer.Argument(help="The file to write, named something.gguf or something.pt2, or the directory.")],
+    file: Annotated[Path, typer.Argument(help="The file to write, named something.gguf, .pt2 or .json, or the directory.")],
     format: Annotated[
-        Format, typer.Option(help="gguf: a file for llama.cpp; pt2: for AOTInductor; the others: a directory.")
+        Format,
+        typer.Option(
+            help="gguf: a file for llama.cpp; pt2: for AOTInductor; tp-plan: for ranks of transformers; else a directory."
+        ),
     ] = "gguf",
     passes: Passes = "exact",
     dtype: Annotated[
@@ -68,6 +75,8 @@ def run_export(
             written = optimized.save_genai(file, tokenizer=_other_tokenizer(model, source))
         case "openvino":
             written = optimized.export_openvino(file)
+        case "tp-plan":
+            written = optimized.export_tp_plan(file)
     for note in source.notes:
         Terminal(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
     console.print(f"{file}: {written}", highlight=False, soft_wrap=True, markup=False)
@@ -85,9 +94,10 @@ def _check_file(file: Path, format: Format, dtype: str | None) -> Dtype | None:
     if format not in _FILES:
         check_new(file)
         return None
-    if file.suffix != f".{format}":
+    suffix, what = _FILES[format]
+    if file.suffix != suffix:
         raise typer.BadParameter(
-            f"lissom export writes {_FILES[format]}, named something.{format}, and not '{file.name}'; --format chooses another "
+            f"lissom export writes {what}, named something{suffix}, and not '{file.name}'; --format chooses another "
             f"of {', '.join(get_args(Format))}"
         )
     check_writable(file)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import relative_error
 from lissom.errors import UnsupportedError
+from lissom.frontends.capture.kv_cache import is_kv_cache_object, without_kv_cache
 from lissom.io.processes import python_environment
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def run_fresh(library: str, what: str, command: Sequence[str], request: str = "", folder: Path | None = None) -> None:
@@ -40,6 +49,28 @@ def run_fresh(library: str, what: str, command: Sequence[str], request: str = ""
     if ended.returncode:
         last = next((line.strip() for line in reversed(ended.stderr.splitlines()) if line.strip()), "no message")
         raise UnsupportedError(f"{library} does not run {what} in a fresh process, so it is not written: {last:.300}")
+
+
+def arguments_of(program: Program, model: nn.Module, example: Sample) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """The arguments of a call by name: tensors, and others. Raises UnsupportedError for some that no file holds."""
+    args, kwargs = program.signature.arguments([tensor.cpu() for tensor in example])
+    given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+    tensors = {name: value.contiguous() for name, value in given.items() if isinstance(value, torch.Tensor)}
+    options = {name: value for name, value in given.items() if name not in tensors}
+    odd = next((name for name, value in options.items() if not isinstance(value, _PLAIN)), None)
+    if odd is not None:
+        raise UnsupportedError(
+            f"the argument '{odd}' is no tensor, number or text, so a fresh process cannot be given it; call "
+            f"lissom.optimize with simpler example inputs"
+        )
+    return tensors, options
+
+
+def named_outputs(model: Any, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The outputs of a model without a KV cache, by their numbers, on the CPU."""
+    with torch.no_grad(), without_kv_cache(model):
+        leaves = pytree.tree_leaves(model(**arguments), is_leaf=is_kv_cache_object)
+    return {f"{index:04}": leaf.cpu().clone() for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
 
 
 def outputs_of(program: Program, example: Sample) -> list[torch.Tensor]:

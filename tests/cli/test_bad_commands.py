@@ -67,6 +67,7 @@ COMMANDS: dict[str, tuple[str, int, str]] = {
     "run into nothing": ("run {model} --input x.npz --output {folder}/no/file", 1, "there is no directory"),
     "export nothing": ("export nowhere model.gguf", 1, "'nowhere' is neither a directory"),
     "export another format": ("export nowhere model.onnx", 2, "writes GGUF files, named something.gguf"),
+    "export a plan into another file": ("export nowhere plan.txt --format tp-plan", 2, "parallelism, named something.json"),
     "export another file of AOTInductor": ("export nowhere model.pt --format pt2", 2, "AOTInductor, named something.pt2"),
     "export a package in a dtype": ("export nowhere model.pt2 --format pt2 --dtype f16", 2, "--dtype is for GGUF files"),
     "export a package into nothing": ("export nowhere {folder}/no/model.pt2 --format pt2", 1, "there is no directory"),

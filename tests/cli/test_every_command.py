@@ -69,6 +69,7 @@ EXPORT = [
     "export {model} {new}/out.pt2 --format pt2",
     "export {model} {new}/out --format openvino --passes quantize{{scheme=int8-weight}}",
     "export {bpe} {new}/out --format genai --passes quantize{{scheme=int4-weight}}",
+    "export {model} {new}/out.json --format tp-plan --passes shard{{world_size=2}}",
 ]
 OPT = [
     "opt {program} --passes remove-no-ops,quantize --size batch=2 --size sequence=8 --checks structural --diff",

@@ -7,7 +7,6 @@ of the weights, as the library decompresses them, to a file. Nothing of the proc
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import sys
 import tempfile
@@ -18,13 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils import _pytree as pytree
 
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.errors import UnsupportedError
-from lissom.export.fresh_process import run_fresh
-from lissom.frontends.capture.kv_cache import is_kv_cache_object, without_kv_cache
+from lissom.export.fresh_process import arguments_of, named_outputs, run_fresh
 from lissom.io.processes import python_command
 
 if TYPE_CHECKING:
@@ -32,7 +28,6 @@ if TYPE_CHECKING:
 
 _INPUTS, _OUTPUTS, _UNROUNDED = "inputs.safetensors", "outputs.safetensors", "unrounded.safetensors"
 _HASHES = "hashes.json"
-_PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
@@ -95,21 +90,6 @@ def reload(
         return Reloaded(outputs, unrounded, json.loads((Path(exchange) / _HASHES).read_text(encoding="utf-8")))
 
 
-def arguments_of(program: Program, model: nn.Module, example: Sample) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    """The arguments of a call by name: tensors, and others. Raises UnsupportedError for some that no file holds."""
-    args, kwargs = program.signature.arguments([tensor.cpu() for tensor in example])
-    given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
-    tensors = {name: value.contiguous() for name, value in given.items() if isinstance(value, torch.Tensor)}
-    options = {name: value for name, value in given.items() if name not in tensors}
-    odd = next((name for name, value in options.items() if not isinstance(value, _PLAIN)), None)
-    if odd is not None:
-        raise UnsupportedError(
-            f"the argument '{odd}' is no tensor, number or text, so a fresh process cannot be given it; call "
-            f"lissom.optimize with simpler example inputs"
-        )
-    return tensors, options
-
-
 def hash_of(weight: torch.Tensor) -> str:
     """SHA-256 of the bytes of a tensor."""
     return hashlib.sha256(weight.detach().contiguous().view(torch.uint8).numpy().data).hexdigest()
@@ -125,19 +105,13 @@ def _answer(request: Request) -> None:
     model = kind.from_pretrained(request.directory, local_files_only=True, trust_remote_code=False, **how).eval()
     exchange = Path(request.exchange)
     arguments = {**load_file(exchange / _INPUTS), **request.options}
-    save_file(_outputs(model, arguments), exchange / _OUTPUTS)
+    save_file(named_outputs(model, arguments), exchange / _OUTPUTS)
     # The library decompresses weights at the first call.
     hashes = {layer: hash_of(model.get_submodule(layer).weight) for layer in request.layers}
     (exchange / _HASHES).write_text(json.dumps(hashes), encoding="utf-8")
     for layer in request.layers:
         model.get_submodule(layer).quantization_enabled = False
-    save_file(_outputs(model, arguments), exchange / _UNROUNDED)
-
-
-def _outputs(model: Any, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    with torch.no_grad(), without_kv_cache(model):
-        leaves = pytree.tree_leaves(model(**arguments), is_leaf=is_kv_cache_object)
-    return {f"{index:04}": leaf.clone() for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    save_file(named_outputs(model, arguments), exchange / _UNROUNDED)
 
 
 if __name__ == "__main__":

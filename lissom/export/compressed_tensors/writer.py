@@ -29,9 +29,9 @@ from lissom.compiler.verify.divergence import tolerance_of
 from lissom.errors import UnsupportedError
 from lissom.export.checkpoint import plain_model
 from lissom.export.compressed_tensors.layers import notes, placed, width_multiple
-from lissom.export.compressed_tensors.reload import arguments_of, hash_of, reload
+from lissom.export.compressed_tensors.reload import hash_of, reload
 from lissom.export.compressed_tensors.schemes import Layer, check_fused, check_loads, layers_of
-from lissom.export.fresh_process import error_of, outputs_of
+from lissom.export.fresh_process import arguments_of, error_of, outputs_of
 from lissom.export.quantized_weights import in_floating_point, quantized_weights
 from lissom.ops.formats import FORMATS
 from lissom.ops.quantization import fake_quantize_dynamic
