@@ -20,6 +20,7 @@ from lissom.errors import UnsupportedError
 from lissom.export.checkpoint import save_checkpoint
 from lissom.export.compressed_tensors.writer import CompressedCheckpoint, write_compressed
 from lissom.export.genai.writer import GenaiFolder, write_genai
+from lissom.export.gguf.k_types import Types
 from lissom.export.gguf.writer import Dtype, GgufFile, write_gguf
 from lissom.export.openvino_folder import OpenVinoFolder, write_openvino
 from lissom.export.pt2 import Pt2Package, write_pt2
@@ -184,7 +185,9 @@ class Optimized:
         tokenizer = self._own_tokenizer("a folder for ONNX Runtime GenAI", tokenizer, model)
         return write_genai(self.program, model, self._example, check_path(directory), tokenizer, processor)
 
-    def export_gguf(self, path: str | Path, *, tokenizer: Saveable | None = None, dtype: Dtype | None = None) -> GgufFile:
+    def export_gguf(
+        self, path: str | Path, *, tokenizer: Saveable | None = None, dtype: Dtype | None = None, types: Types | None = None
+    ) -> GgufFile:
         """Write a decoder as a GGUF file, which llama.cpp runs: weights, sizes of every layer, and the vocabulary.
 
         Weights in int8 and int4 are written with the program's integers, in Q8_0, Q4_0 and Q4_1; weights that have the values
@@ -194,6 +197,9 @@ class Optimized:
         Args:
             tokenizer: a fast one of transformers; by default that of the folder that the model came from.
             dtype: of matrices in floating point, `f32`, `f16` or `bf16`; by default the program's own.
+            types: quantizes matrices that are in floating point: `q4_k`, `q5_k` or `q6_k`, or the mixtures `q4_k_m` and
+                `q5_k_m`, which have embedding tables, LM heads and some layers in Q6_K. Rows that are no multiple of 256 are
+                written in Q8_0, and those that are none of 32 in `dtype`.
 
         Returns:
             The graph of llama.cpp, the types of the tensors, and the size of the file.
@@ -205,7 +211,7 @@ class Optimized:
         """
         model = self._transformers_model("GGUF file", tokenizer)
         tokenizer = self._own_tokenizer("a GGUF file", tokenizer, model)
-        return write_gguf(self.program, model, self._example, check_path(path), tokenizer, dtype)
+        return write_gguf(self.program, model, self._example, check_path(path), tokenizer, dtype, types)
 
     def export_pt2(self, path: str | Path) -> Pt2Package:
         """Compile the program into a package of AOTInductor, a `.pt2` file, which PyTorch loads without Lissom.

@@ -15,6 +15,7 @@ from lissom.cli.options import Checks, Data, MaxDrop, MetricName, Model, Passes,
 from lissom.compiler.pipeline.options import check_options
 from lissom.driver.options import resolve_passes
 from lissom.driver.torchrun import refuse_torchrun
+from lissom.export.gguf.k_types import Types, check_types
 from lissom.export.gguf.writer import Dtype, check_dtype
 from lissom.frontends.capture.device import check_device
 from lissom.frontends.models.sources import Source, load
@@ -46,6 +47,10 @@ def run_export(
         str | None,
         typer.Option(help="Of a GGUF file's matrices in floating point: f32, f16 or bf16; the program's own by default."),
     ] = None,
+    types: Annotated[
+        str | None,
+        typer.Option(help="K types for a GGUF file's matrices in floating point: q4_k, q5_k, q6_k, q4_k_m or q5_k_m."),
+    ] = None,
     checks: Checks = "numeric",
     data: Data = None,
     metric: MetricName = None,
@@ -53,7 +58,7 @@ def run_export(
 ) -> None:
     """Write a model after the passes for llama.cpp, AOTInductor, transformers and vLLM, ONNX Runtime GenAI, or OpenVINO."""
     refuse_torchrun("export")
-    chosen = _check_file(file, format, dtype)
+    chosen, kinds = _check_file(file, format, dtype), _check_types(format, types)
     pipeline, quality = resolve_passes(passes), Quality(data, metric, max_drop)
     quality.check()
     source = load(model)
@@ -66,7 +71,7 @@ def run_export(
     )
     match format:
         case "gguf":
-            written = optimized.export_gguf(file, dtype=chosen)
+            written = optimized.export_gguf(file, dtype=chosen, types=kinds)
         case "pt2":
             written = optimized.export_pt2(file)
         case "compressed-tensors":
@@ -85,6 +90,13 @@ def run_export(
 def _other_tokenizer(model: str, source: Source) -> Saveable | None:
     """The tokenizer of a model that has no file with it, such as that of a GGUF file; None where it is copied."""
     return None if source.checkpoint is None or (Path(model) / TOKENIZER).is_file() else source.checkpoint.tokenizer
+
+
+def _check_types(format: Format, types: str | None) -> Types | None:
+    """The K types of a GGUF file."""
+    if format != "gguf" and types is not None:
+        raise typer.BadParameter(f"--types is for GGUF files, and --format is {format}; use quantize{{scheme=int4-weight}}")
+    return check_types(types)
 
 
 def _check_file(file: Path, format: Format, dtype: str | None) -> Dtype | None:

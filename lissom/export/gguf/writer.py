@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -22,6 +23,7 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import UnsupportedError
 from lissom.export.checkpoint import kept_layers
 from lissom.export.gguf.families import INTERLEAVED, describe, family_of, head_dim_of, rope_factors, rope_of
+from lissom.export.gguf.k_types import Types, check_types, quantized, type_of
 from lissom.export.gguf.layers import LAYER, Layers, complete, confirm, fit, sizes_of
 from lissom.export.gguf.vocabulary import read_vocabulary
 from lissom.export.gguf.weights import Blocks, Weight, joined, read_weights, with_rows
@@ -66,7 +68,13 @@ def check_dtype(dtype: str | None) -> Dtype | None:
 
 
 def write_gguf(
-    program: Program, model: PreTrainedModel, example: Sample, path: Path, tokenizer: object = None, dtype: Dtype | None = None
+    program: Program,
+    model: PreTrainedModel,
+    example: Sample,
+    path: Path,
+    tokenizer: object = None,
+    dtype: Dtype | None = None,
+    types: Types | None = None,
 ) -> GgufFile:
     """Write the file, completely or not at all, after comparing the weights with the program.
 
@@ -75,12 +83,14 @@ def write_gguf(
         example: flat inputs for the comparison.
         tokenizer: by default that of the model's folder.
         dtype: of matrices in floating point; by default the program's own. Vectors are float32.
+        types: K types for matrices in floating point; `dtype` is for those whose rows have no whole blocks of 32.
 
     Raises:
         UnsupportedError: if llama.cpp has no graph for the program, or no tokenizer like this one, or gguf is not installed.
         ArtifactError: if the file cannot be written.
     """
     check_dtype(dtype)
+    check_types(types)
     try:
         import gguf
     except ImportError as error:
@@ -106,8 +116,10 @@ def write_gguf(
     vocabulary.write(writer)
     factors = rope_factors(config, model)
     tensors = _tensors(gguf, layers, family.norm_offset, head_dim_of(config), factors)
-    types = _write(gguf, writer, tensors, path, dtype)
-    return GgufFile(layers.architecture, types, path.stat().st_size / 1e6)
+    if types is not None:
+        tensors = {name: _quantizer(name, make, types, len(sizes.heads)) for name, make in tensors.items()}
+    written = _write(gguf, writer, tensors, path, dtype)
+    return GgufFile(layers.architecture, written, path.stat().st_size / 1e6)
 
 
 def _folded(program: Program, example: Sample) -> Program:
@@ -154,6 +166,23 @@ def _maker(name: str, weight: Weight, norm_offset: float, head_dim: int, *, inte
         order = torch.arange(weight.shape[0]).view(-1, 2, head_dim // 2).transpose(1, 2).reshape(-1)
         return lambda: with_rows(weight, order)
     return lambda: weight
+
+
+def _quantizer(name: str, make: Callable[[], Weight], types: Types, layers: int) -> Callable[[], Weight]:
+    """A function that gives the weight in a K type, if it is a matrix in floating point; it is quantized once."""
+
+    @cache
+    def blocks(kind: str) -> Weight:
+        weight = make()
+        assert isinstance(weight, torch.Tensor)
+        return quantized(weight, kind)
+
+    def give() -> Weight:
+        weight = make()
+        kind = None if isinstance(weight, Blocks) or weight.dim() != 2 else type_of(name, weight.shape[1], types, layers)
+        return weight if kind is None else blocks(kind)
+
+    return give
 
 
 def _write(

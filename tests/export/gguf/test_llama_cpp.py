@@ -11,11 +11,14 @@ import torch
 
 import lissom
 from lissom.compiler.ir.program import Program
+from lissom.export.gguf.k_types import quantized, type_of
 from tests.support.gguf_models import byte_fallback, byte_level, decoder, optimized
 
 pytest.importorskip("gguf")
 llama = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'lissom[zoo]'")
 pytestmark = pytest.mark.slow
+NAMES = {"embed_tokens": "token_embd.weight", "lm_head": "output.weight"}
+NAMES |= {"v_proj": "blk.{}.attn_v.weight", "down_proj": "blk.{}.ffn_down.weight"}
 STEPS = 12
 PRUNED = "prune-layers{keep=0.67},prune-heads{keep=0.5},prune-neurons{keep=0.5}"
 UNIFORM = "prune-layers{keep=0.67},prune-heads{keep=0.5,scope=layer},prune-neurons{keep=0.5,scope=layer}"
@@ -132,3 +135,43 @@ def test_gemma_is_written_with_its_own_blocks_and_vocabulary(tmp_path):
     assert written.megabytes == pytest.approx(file.stat().st_size / 1e6, rel=0.01)
     prompt = "The capital of France is"
     assert continued(serve(tmp_path / "model.gguf"), prompt) == continued(serve(file), prompt)
+
+
+@pytest.mark.parametrize("types", ["q4_k", "q5_k", "q6_k", "q4_k_m", "q5_k_m"])
+def test_k_types_are_read(types, tmp_path):
+    tokenizer = byte_level()
+    found = optimized(decoder("llama", len(tokenizer), hidden_size=256, layers=1, intermediate_size=512, initializer_range=0.1))
+    written = found.export_gguf(tmp_path / "model.gguf", tokenizer=tokenizer, types=types)
+    assert sum(count for kind, count in written.types.items() if kind.endswith("_K")) == 9
+    # The program with the weights of the file: llama.cpp stores the two halves of rotary features in turn.
+    for name, weight in found.program.weights().items():
+        if weight.dim() == 2:
+            leaf = NAMES.get(name.split(".")[-2], "")
+            kind = type_of(leaf.format(*name.split(".")[2:3]), weight.shape[1], types, 1)
+            weight.data.copy_(quantized(weight.detach(), str(kind)).value())
+    prompt = list(range(40, 60))
+    _, losses = greedy(found.program, prompt, tokenizer.eos_token_id)
+    _, told = continued(serve(tmp_path / "model.gguf"), prompt, 1)
+    # llama.cpp quantizes activations to int8 for these types.
+    assert told[0] == pytest.approx(losses[0], abs=0.1)
+
+
+@pytest.mark.parametrize("build", [byte_level, byte_fallback])
+def test_pruned_vocabulary_splits_texts_as_the_rewritten_tokenizer(build, tmp_path):
+    tokenizer = build()
+    model = decoder("llama", len(tokenizer), layers=1)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = type(model).from_pretrained(tmp_path / "model").eval()
+    texts = ["the quick brown dog", "fox, fox jumps", "jumping foxes  bark"]
+    data = [{"input_ids": torch.tensor([tokenizer(text).input_ids])} for text in texts[:1]]
+    found = lissom.optimize(
+        model, data[0], passes=f"prune-vocabulary{{keep={len(tokenizer) - 8},ids=tokenizer}}", data=data, checks="off"
+    )
+    found.export_gguf(tmp_path / "model.gguf")
+    small = lissom.pruned_tokenizer(found, tokenizer)
+    assert len(small) < len(tokenizer)
+    server = serve(tmp_path / "model.gguf")
+    for text in texts:
+        after, losses = continued(server, small(text).input_ids, 4)
+        assert continued(server, text, 4) == (after, pytest.approx(losses, abs=1e-4))
