@@ -58,9 +58,9 @@ def _sparse_linear_cuda(
     rows = x.reshape(-1, x.shape[-1])
     padded = functional.pad(rows, (0, 0, 0, -rows.shape[0] % _TOGETHER)).t()
     if bias is None:
-        result = torch._sparse_semi_structured_mm(values, places, padded)
+        result = torch.ops.aten._sparse_semi_structured_mm(values, places, padded)
     else:
-        result = torch._sparse_semi_structured_addmm(bias, values, places, padded)
+        result = torch.ops.aten._sparse_semi_structured_addmm(bias, values, places, padded)
     return result.t()[: rows.shape[0]].reshape(*x.shape[:-1], values.shape[0])
 
 

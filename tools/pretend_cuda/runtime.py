@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,8 @@ def pretend_cuda(capability: tuple[int, int] = (8, 0)) -> Generator[torch.device
             torch.__future__.set_swap_module_params_on_conversion, torch.__future__.get_swap_module_params_on_conversion()
         )
         torch.__future__.set_swap_module_params_on_conversion(True)
+        for name in ("tensor", "as_tensor"):
+            stack.enter_context(patch.object(torch, name, partial(_from_data, getattr(torch, name))))
         stack.enter_context(patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor.to(DEVICE)))
         stack.enter_context(patch.object(torch.Tensor, "pin_memory", lambda tensor, *_, **__: tensor))
         stack.enter_context(patch.object(tracers, "_address", lambda tensor: tensor.data_ptr()))
@@ -102,6 +104,13 @@ _MAKERS = (
 def _made(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> object:
     """An operator that makes a tensor on the device."""
     return run(op, args, kwargs)
+
+
+def _from_data(make: Callable[..., torch.Tensor], data: object, *, device: Any = None, **options: Any) -> torch.Tensor:
+    """`torch.tensor` copies to the device past everything that could see it, so the copy is made after it."""
+    if device is None or torch.device(device).type != "cuda":
+        return make(data, device=device, **options)
+    return make(data, **options).to(device)
 
 
 class Stream:
