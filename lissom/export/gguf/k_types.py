@@ -3,6 +3,8 @@
     Q4_K, Q5_K   w = (d · a) · q - (m · b), eight groups of 32 in a block of 256; a and b in 0 … 63
     Q6_K         w = (d · a) · q, sixteen groups of 16 in a block of 256; a in -128 … 127
 
+Rows that are no multiple of 256 are in blocks of 32, with a scale each: Q5_0 (w = d · q), Q5_1 (w = d · q + m) and Q8_0.
+
 Scales of groups are searched as in make_qkx2_quants and make_qx_quants of ggml-quants.c: candidates on a grid, each refined by
 least squares. Unlike there, all weights count the same, and the integer factors of each group are searched once more among
 their neighbours, with d and m as they are stored. The layout is that of ggml-common.h, github.com/ggml-org/ggml.
@@ -25,6 +27,8 @@ _CHUNK = 1 << 9
 """The number of blocks that are quantized at once: they stay in the processor's cache."""
 _LAYER = re.compile(r"blk\.(\d+)\.(attn_v|ffn_down)\.weight")
 _TABLES = ("token_embd.weight", "output.weight")
+_SMALL = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+"""The types of 32 weights a block that llama.cpp takes in place of K types."""
 _TINY = 1e-30
 
 
@@ -37,20 +41,17 @@ def check_types(types: str | None) -> Types | None:
 
 
 def type_of(name: str, columns: int, types: Types, layers: int) -> str | None:
-    """The block type of a matrix of the file; Q8_0 for rows of no whole blocks of 256, None for rows of none of 32.
+    """The block type of a matrix of the file; one of 32 weights for rows of no whole blocks of 256, None for rows of none of 32.
 
     Args:
         name: in the file. `_m` has embedding tables, LM heads and some `attn_v` and `ffn_down` in Q6_K, as llama.cpp.
     """
     if columns % 32:
         return None
-    if columns % 256:
-        return "Q8_0"
-    kind = types.removesuffix("_m").upper()
-    if kind == types.upper():
-        return kind
-    found = _LAYER.fullmatch(name)
-    return "Q6_K" if name in _TABLES or (found and _gets_more_bits(int(found[1]), layers)) else kind
+    kind, found = types.removesuffix("_m").upper(), _LAYER.fullmatch(name)
+    if types.endswith("_m") and (name in _TABLES or (found and _gets_more_bits(int(found[1]), layers))):
+        kind = "Q6_K"
+    return _SMALL[kind] if columns % 256 else kind
 
 
 def _gets_more_bits(layer: int, layers: int) -> bool:
@@ -158,37 +159,67 @@ def _q5_k(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((head, _joined(q >> 4, 32, 8, 1), _joined(q & 15, 32, 2, 4)), 1)
 
 
-def _symmetric(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The integers in -32 … 31 at these scales, and the squared error."""
+def _symmetric(x: torch.Tensor, scale: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The integers in -count … count - 1 at these scales, and the squared error."""
     inverse = torch.where(scale != 0, 1 / torch.where(scale != 0, scale, 1), 0)
-    q = (x * inverse.unsqueeze(-1)).round_().clamp_(-32, 31)
+    q = (x * inverse.unsqueeze(-1)).round_().clamp_(-count, count - 1)
     return q, (q * scale.unsqueeze(-1)).sub_(x).square_().sum(-1)
+
+
+def _best_scale(x: torch.Tensor, count: int) -> torch.Tensor:
+    """The scale of each group, for integers in -count … count - 1. x: [..., size]."""
+    peak = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    best_scale = peak / -count
+    _, best = _symmetric(x, best_scale, count)
+    for step in range(-9, 10):
+        q, _ = _symmetric(x, peak / -(count + 0.1 * step), count)
+        scale = (q * x).sum(-1) / q.square().sum(-1).clamp_min(1)
+        _, error = _symmetric(x, scale, count)
+        better = error < best
+        best, best_scale = torch.where(better, error, best), torch.where(better, scale, best_scale)
+    return best_scale
+
+
+def _with_fifth_bits(q: torch.Tensor) -> torch.Tensor:
+    """Integers of five bits, [blocks, 32]: the fifth bits in 4 bytes, then the others in 16."""
+    places = 1 << torch.arange(8, dtype=torch.uint8)
+    high = ((q >> 4).view(len(q), 4, 8) * places).sum(-1, dtype=torch.uint8)
+    return torch.cat((high, (q[:, :16] & 15) | ((q[:, 16:] & 15) << 4)), 1)
+
+
+def _q5_0(x: torch.Tensor) -> torch.Tensor:
+    scale = _best_scale(x, 16).half()
+    q, _ = _symmetric(x, scale.float(), 16)
+    return torch.cat((_bytes_of(scale), _with_fifth_bits((q + 16).to(torch.uint8))), 1)
+
+
+def _q5_1(x: torch.Tensor) -> torch.Tensor:
+    low = x.amin(1)
+    scale, below = _scale_and_minimum((x - low[:, None]).unsqueeze(1), 31)
+    d, m = scale.squeeze(1).half(), (low - below.squeeze(1)).half()
+    q = _integers(x, d.float(), -m.float(), 31).to(torch.uint8)
+    return torch.cat((_bytes_of(d), _bytes_of(m), _with_fifth_bits(q)), 1)
 
 
 def _q6_k(x: torch.Tensor) -> torch.Tensor:
     x = x.view(len(x), 16, 16)
-    peak = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    best_scale = peak / -32
-    _, best = _symmetric(x, best_scale)
-    for step in range(-9, 10):
-        q, _ = _symmetric(x, peak / -(32 + 0.1 * step))
-        scale = (q * x).sum(-1) / q.square().sum(-1).clamp_min(1)
-        _, error = _symmetric(x, scale)
-        better = error < best
-        best, best_scale = torch.where(better, error, best), torch.where(better, scale, best_scale)
+    best_scale = _best_scale(x, 32)
     largest = best_scale.gather(1, best_scale.abs().argmax(1, keepdim=True))
     half = (largest / -128).half()
     d = half.float()
     wanted = torch.where(d != 0, best_scale / torch.where(d != 0, d, 1), 0).round_().clamp_(-128, 127)
     a = wanted
-    q, best = _symmetric(x, d * a)
+    q, best = _symmetric(x, d * a, 32)
     for step in (-1, 1):
         trial = (wanted + step).clamp_(-128, 127)
-        _, error = _symmetric(x, d * trial)
+        _, error = _symmetric(x, d * trial, 32)
         a, best = torch.where(error < best, trial, a), torch.minimum(error, best)
-    q = (_symmetric(x, d * a)[0] + 32).to(torch.uint8).flatten(1)
+    q = (_symmetric(x, d * a, 32)[0] + 32).to(torch.uint8).flatten(1)
     factors = a.to(torch.int8).view(torch.uint8)
     return torch.cat((_joined(q & 15, 64, 2, 4), _joined(q >> 4, 32, 4, 2), factors, _bytes_of(half)), 1)
 
 
-_PACKERS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"Q8_0": _q8_0, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k}
+_PACKERS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    **{"Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0},
+    **{"Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k},
+}
