@@ -41,7 +41,7 @@ def check_types(types: str | None) -> Types | None:
 
 
 def type_of(name: str, columns: int, types: Types, layers: int) -> str | None:
-    """The block type of a matrix of the file; one of 32 weights for rows of no whole blocks of 256, None for rows of none of 32.
+    """The block type of a matrix of the file, with blocks of 32 for rows of no whole blocks of 256; None for rows of none of 32.
 
     Args:
         name: in the file. `_m` has embedding tables, LM heads and some `attn_v` and `ffn_down` in Q6_K, as llama.cpp.
@@ -220,6 +220,10 @@ def _q6_k(x: torch.Tensor) -> torch.Tensor:
 
 
 _PACKERS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    **{"Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0},
-    **{"Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k},
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
 }
