@@ -8,6 +8,7 @@ from itertools import takewhile
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
@@ -15,9 +16,10 @@ from torch.utils import _pytree as pytree
 import lissom
 from lissom.compiler.training.cache import TargetCache
 from lissom.compiler.training.teacher import Targets
+from lissom.frontends.models.huggingface_inputs import make_inputs
 from lissom.ops.library import LIBRARY
 from tests.support.mixtures import mixture, samples
-from tests.support.models import Case, normal, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.support.models import Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from tests.tuning.searches import tiny_vit
 from tools.pretend_cuda import PretendTensor, pretend_cuda
 
@@ -140,6 +142,38 @@ def test_a_teachers_values_come_back_to_the_device(cuda) -> None:
     made = found.targets(0, lambda: Targets({0: normal(4, 8).to(cuda)}, {}, {0: None}))
     assert made.outputs[0].device == cuda
     found.close()
+
+
+def test_example_inputs_are_on_the_models_device(cuda, tmp_path) -> None:
+    config = transformers.T5Config(vocab_size=37, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    inputs, _ = make_inputs(transformers.T5ForConditionalGeneration(config).to(cuda), None, tmp_path)
+    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    assert tensors and all(value.device == cuda for value in tensors)
+
+
+@pytest.mark.parametrize("passes", ["exact", "balanced", "quantize-cache"])
+def test_a_decoder_writes_the_tokens_of_the_cpu(passes: str) -> None:
+    prompt = tokens(1, 7)
+    wanted = lissom.compile_generation(decoder(), max_length=24, passes=passes).generate(prompt, max_new_tokens=6)
+    with pretend_cuda() as device:
+        fast = lissom.compile_generation(decoder().to(device), max_length=24, passes=passes)
+        assert fast.generate(prompt.to(device), max_new_tokens=6).tolist() == wanted.tolist()  # pyright: ignore
+
+
+def test_a_pool_on_the_device_answers_as_on_the_cpu() -> None:
+    prompts = [[5, 6, 7, 8], [9, 5]]
+    wanted = lissom.compile_pool(decoder(), max_length=24).generate(prompts, max_new_tokens=5)
+    with pretend_cuda() as device:
+        found = lissom.compile_pool(decoder().to(device), max_length=24).generate(prompts, max_new_tokens=5)
+    assert [answer.tolist() for answer in found] == [answer.tolist() for answer in wanted]
+
+
+def decoder() -> transformers.LlamaForCausalLM:
+    """With sizes that are multiples of 8, as the device's int8 products take."""
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64
+    )
+    return seeded(lambda: transformers.LlamaForCausalLM(config))
 
 
 MODELS: dict[str, Callable[[], Case]] = {

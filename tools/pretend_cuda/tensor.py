@@ -104,6 +104,12 @@ class PretendTensor(torch.Tensor):
             memo[id(self)] = made
         return memo[id(self)]
 
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(_with_tensors(index))
+
+    def __setitem__(self, index: Any, value: object) -> None:
+        super().__setitem__(_with_tensors(index), value)
+
     def tolist(self) -> Any:
         """The values, which the host waits for."""
         return self.to("cpu").tolist()
@@ -131,7 +137,9 @@ def run(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, A
         raise RuntimeError(f"CUDA error: {doing} ({func})")
     if func not in REFERENCES and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
         # In inference mode these come here as they are.
-        return func.decompose(*args, **kwargs)
+        result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
     if func.namespace not in OWN and func not in REFERENCES:
         # Its kernel for CUDA, or what it is written in: those operators come here in turn.
         return func.redispatch(_CUDA, *args, **kwargs)
@@ -161,6 +169,14 @@ def _written(func: torch._ops.OpOverload, value: torch._C.Argument, args: Sequen
 def pretend(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a CPU tensor on the pretended device."""
     return PretendTensor(tensor.detach().clone())
+
+
+def _with_tensors(index: object) -> Any:
+    """An index whose lists are tensors: PyTorch would put them on the device past everything that could see it."""
+    parts = (
+        tuple(torch.tensor(part) if isinstance(part, list) else part for part in index) if isinstance(index, tuple) else index
+    )
+    return torch.tensor(parts) if isinstance(parts, list) else parts
 
 
 def _on_cpu(value: object) -> object:

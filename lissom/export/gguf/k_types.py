@@ -41,7 +41,7 @@ def check_types(types: str | None) -> Types | None:
 
 
 def type_of(name: str, columns: int, types: Types, layers: int) -> str | None:
-    """The block type of a matrix of the file, with blocks of 32 for rows of no whole blocks of 256; None for rows of none of 32.
+    """The block type of a matrix of the file; blocks of 32 for rows of no whole blocks of 256, None for rows of none of 32.
 
     Args:
         name: in the file. `_m` has embedding tables, LM heads and some `attn_v` and `ffn_down` in Q6_K, as llama.cpp.

@@ -34,7 +34,7 @@ Inputs = dict[str, object]
 
 
 def make_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> tuple[Inputs, str]:
-    """Two rows of inputs the model runs on, and a sentence on how they were made. Decoders get `use_cache=False`.
+    """Two rows of inputs on the model's device, and a sentence on how they were made. Decoders get `use_cache=False`.
 
     Raises:
         UnsupportedError: if the model's inputs are of an unknown kind, or it runs on none of the candidates.
@@ -43,6 +43,9 @@ def make_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     first: Exception | None = None
     for inputs, note in _candidates(model, takes, tokenizer, directory):
         completed = _completed(model, takes, {name: value for name, value in inputs.items() if name in takes})
+        completed = {
+            name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in completed.items()
+        }
         asked = {"use_cache": True} if "use_cache" in takes else {}
         try:
             with torch.no_grad():

@@ -68,7 +68,7 @@ class Quantize(Approximation):
 
     Attributes:
         scheme: what is quantized, and when its scale is computed; see the table. `int8-static` needs calibration data; `auto`
-            is `int8-group` in programs with a KV cache or other state, and `int8-dynamic` elsewhere.
+            is `int8-group` in programs on a CPU with a KV cache or other state, and `int8-dynamic` elsewhere.
         schemes: schemes of single layers by module path, with `*` and `?`; `none` leaves a layer as it is:
             `"*=none,encoder.layer.0=int8-dynamic,*.output.dense=int4-weight"`. Layers that it does not name get `scheme`.
         granularity: per-tensor, per-channel or per-group weight scales; `auto` is the scheme's default.
@@ -175,7 +175,8 @@ class Quantize(Approximation):
 
     def run(self, edit: Editor) -> None:
         if self.scheme == "auto":
-            chosen: Scheme = "int8-group" if edit.program.state else "int8-dynamic"
+            on_cpu = all(leaf.type.device.type == "cpu" for leaf in edit.program.signature.tensors)
+            chosen: Scheme = "int8-group" if edit.program.state and on_cpu else "int8-dynamic"
             edit.note(f"scheme=auto is {chosen} here")
             replace(self, scheme=chosen).run(edit)
             return
