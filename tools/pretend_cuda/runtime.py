@@ -19,7 +19,7 @@ import torch._dynamo
 from lissom.artifacts import weights
 from lissom.compiler.ir import signature
 from lissom.frontends.dynamo import graphs
-from lissom.ops.native.build import find_compiler
+from lissom.ops.native.build import cache_folder, find_compiler
 from lissom.runtime import tracers
 from tools.pretend_cuda.recording import Recording, record, recording, set_sync_debug_mode, waiting_is_refused
 from tools.pretend_cuda.tensor import DEVICE, PretendTensor, run
@@ -73,12 +73,12 @@ def pretend_cuda(capability: tuple[int, int] = (8, 0)) -> Generator[torch.device
 
 
 def _register_guard() -> None:
-    """Load a device guard for CUDA, built once per version of PyTorch, into this process; once."""
+    """Load a device guard for CUDA into this process, once; it is built once for each version of PyTorch."""
     global _REGISTERED
     if _REGISTERED:
         return
     kept = hashlib.sha256(f"{torch.__version__}{_GUARD.read_text(encoding='utf-8')}".encode()).hexdigest()[:20]
-    library = Path(tempfile.gettempdir()) / f"lissom-pretend-{kept}.so"
+    library = cache_folder() / f"pretended-cuda-{kept}.so"
     if not library.exists():
         from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -89,7 +89,6 @@ def _register_guard() -> None:
             subprocess.run([*find_compiler(), *flags, str(_GUARD), *paths, "-lc10", "-o", str(made)], check=True)
             made.replace(library)
     torch.ops.load_library(str(library))
-
     _REGISTERED = True
 
 

@@ -38,8 +38,6 @@ READING = {
 }
 """Operators whose result, or the size of it, the host waits for."""
 _INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._unsafe_index.Tensor}
-
-
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _AWAY = 1 << 60
 """Added to addresses, so that whoever reads one on the host fails."""
