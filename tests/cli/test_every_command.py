@@ -64,6 +64,7 @@ GENERATE = [
 ]
 EXPORT = [
     "export {bpe} {new}/out.gguf --dtype f16 --checks structural",
+    "export {bpe} {new}/out.gguf --types q4_k_m --checks structural",
     "export {bpe} {new}/out.gguf --passes prune-neurons{{keep=0.5}} --data {texts} --metric agreement --max-drop 1.0",
     "export {bpe} {new}/out --format compressed-tensors --passes quantize{{scheme=int8-weight}}",
     "export {model} {new}/out.pt2 --format pt2",
