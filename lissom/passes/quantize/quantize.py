@@ -210,9 +210,7 @@ class Quantize(Approximation):
     def _quantize(self, edit: Editor, others: Sequence[fx.Node]) -> list[str]:
         """Quantize all layers but `others` by one scheme; returns the names of their weights."""
         if self.scheme == "int8-static" and not edit.data:
-            raise RequirementError(
-                "quantize{scheme=int8-static} needs calibration data: pass data=, or choose scheme=int8-dynamic"
-            )
+            raise RequirementError("quantize{scheme=int8-static} needs calibration data: pass data=, or choose int8-dynamic")
         layers = self._layers(edit, others)
         values = dict.fromkeys(input_of(layer) for layer in layers)
         if self.attention:
