@@ -199,7 +199,7 @@ class Optimized:
             dtype: of matrices in floating point, `f32`, `f16` or `bf16`; by default the program's own.
             types: quantizes matrices that are in floating point: `q4_k`, `q5_k` or `q6_k`, or the mixtures `q4_k_m` and
                 `q5_k_m`, which have embedding tables, LM heads and some layers in Q6_K. Rows that are no multiple of 256 are
-                written in Q8_0, and those that are none of 32 in `dtype`.
+                written in Q5_0, Q5_1 or Q8_0, and those that are none of 32 in `dtype`.
 
         Returns:
             The graph of llama.cpp, the types of the tensors, and the size of the file.

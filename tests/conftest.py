@@ -25,7 +25,6 @@ from hypothesis import settings
 from lissom.frontends.models.huggingface import Checkpoint, load
 from tests.support import captures
 from tests.support.models import Case, feed_forward, tiny_bert, tiny_llama
-from tools.pretend_cuda import pretend_cuda
 
 # Exports make millions of objects that live for a moment, beside a large heap that stays: a tenth of the time would go here.
 gc.set_threshold(20_000)
@@ -59,6 +58,8 @@ def gpu(request: pytest.FixtureRequest) -> Generator[None]:
     if marker is not None and not torch.cuda.is_available():
         if marker.kwargs.get("real"):
             pytest.skip("needs a CUDA device")
+        from tools.pretend_cuda import pretend_cuda  # imports Dynamo, which few tests need
+
         with pretend_cuda():
             yield
     else:

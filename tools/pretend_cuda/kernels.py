@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ _CPU_ONLY = ("mkldnn", "onednn", "mkl", "quantized", "_for_cpu", "xnnpack", "fbg
 _KEYS = ("CUDA", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
 
 
-def require_kernel(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def require_kernel(func: torch._ops.OpOverload, args: Sequence[Any]) -> None:
     """Raise what PyTorch raises where an operator has no kernel for CUDA, or not for these operands."""
     name = func.name()
     missing = func.namespace not in OWN and not any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in _KEYS)

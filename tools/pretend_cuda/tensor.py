@@ -4,7 +4,7 @@ An operator on them runs on the CPU, after these checks:
 
 - All tensors are on the device. As in PyTorch, a CPU scalar may be an argument, and copies may cross.
 - An operator that is not PyTorch's own has a kernel for CUDA, or is written in terms of others; a kernel for the CPU is none.
-- The constraints of kernels that only a GPU has: sizes and layouts of `_int_mm`, `_scaled_mm` and 2:4 products.
+- The constraints of kernels that only a GPU has: sizes of `_int_mm`, int4 and 2:4 products.
 - While a CUDA graph records, the host reads no value, and nothing is copied between the host and the device.
 """
 
@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from tools.pretend_cuda.kernels import OWN, REFERENCES, require_kernel
-from tools.pretend_cuda.recording import Recording, recording, waiting_is_refused
+from tools.pretend_cuda.recording import recording, waiting_is_refused
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
@@ -126,7 +126,7 @@ def run(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, A
     if any(tensor.is_cuda and not isinstance(tensor, PretendTensor) for tensor in tensors):
         raise TypeError(f"{func} got a tensor on cuda:0 that is no PretendTensor; its data was set by `.data = `")
     _require_one_device(func, tensors)
-    require_kernel(func, args, kwargs)
+    require_kernel(func, args)
     records = recording()
     if (records is not None or waiting_is_refused()) and _waits(func, tensors, kwargs):
         doing = (
@@ -141,13 +141,13 @@ def run(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, A
     if func.namespace not in OWN and func not in REFERENCES:
         # Its kernel for CUDA, or what it is written in: those operators come here in turn.
         return func.redispatch(_CUDA, *args, **kwargs)
-    if func is aten._to_copy.default or func is aten.copy_.default:
-        return _copied(func, args, kwargs, records)
     given_args, given_kwargs = pytree.tree_map(_on_cpu, (tuple(args), dict(kwargs)))
     compute = REFERENCES.get(func, func)
     result = compute(*given_args, **given_kwargs)
     if records is not None:
         records.add(compute, given_args, given_kwargs, result)
+    if func is aten._to_copy.default and torch.device(kwargs.get("device") or args[0].device).type != "cuda":
+        return result
     written = [_written(func, value, args, kwargs) for value in func._schema.returns]
     if any(value is not None for value in written):
         return written[0] if len(written) == 1 else tuple(written)
@@ -164,11 +164,6 @@ def _written(func: torch._ops.OpOverload, value: torch._C.Argument, args: Sequen
     return None
 
 
-def pretend(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a CPU tensor on the pretended device."""
-    return PretendTensor(tensor.detach().clone())
-
-
 def _with_tensors(index: object) -> Any:
     """An index whose lists are tensors: PyTorch would put them on the device past everything that could see it."""
     parts = (
@@ -181,20 +176,6 @@ def _on_cpu(value: object) -> object:
     if isinstance(value, PretendTensor):
         return value.values
     return torch.device("cpu") if isinstance(value, torch.device) and value.type == "cuda" else value
-
-
-def _copied(
-    func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], records: Recording | None
-) -> torch.Tensor:
-    """`_to_copy` and `copy_`, which cross between devices."""
-    given_args, given_kwargs = pytree.tree_map(_on_cpu, (tuple(args), dict(kwargs)))
-    result = func(*given_args, **given_kwargs)
-    if records is not None:
-        records.add(func, given_args, given_kwargs, result)
-    if func is aten.copy_.default:
-        return args[0]
-    device = kwargs.get("device") or args[0].device
-    return PretendTensor(result) if torch.device(device).type == "cuda" else result
 
 
 def _require_one_device(func: torch._ops.OpOverload, tensors: Sequence[torch.Tensor]) -> None:

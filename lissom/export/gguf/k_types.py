@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import torch
 
 from lissom.errors import UnsupportedError
-from lissom.export.gguf.weights import Blocks
+from lissom.export.gguf.weights import Blocks, halves_apart
 from lissom.ops.gguf_blocks import BLOCK_TYPES
 
 Types = Literal["q4_k", "q5_k", "q6_k", "q4_k_m", "q5_k_m"]
@@ -184,7 +184,7 @@ def _with_fifth_bits(q: torch.Tensor) -> torch.Tensor:
     """Integers of five bits, [blocks, 32]: the fifth bits in 4 bytes, then the others in 16."""
     places = 1 << torch.arange(8, dtype=torch.uint8)
     high = ((q >> 4).view(len(q), 4, 8) * places).sum(-1, dtype=torch.uint8)
-    return torch.cat((high, (q[:, :16] & 15) | ((q[:, 16:] & 15) << 4)), 1)
+    return torch.cat((high, halves_apart(q & 15)), 1)
 
 
 def _q5_0(x: torch.Tensor) -> torch.Tensor:

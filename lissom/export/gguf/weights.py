@@ -141,7 +141,7 @@ def blocks_of(stored: StoredBlocks) -> Blocks | None:
     if kind.name == "Q8_0":
         integers = grouped.view(torch.uint8)
     else:
-        integers = _halves_apart((grouped.to(torch.uint8) + (8 if kind.name == "Q4_0" else 0)) & 15)
+        integers = halves_apart((grouped.to(torch.uint8) + (8 if kind.name == "Q4_0" else 0)) & 15)
     heads = [half.unsqueeze(-1).view(torch.uint8) for half in halves]
     return Blocks(kind, torch.cat([*heads, integers], -1).view(rows, count * kind.bytes), stored)
 
@@ -150,12 +150,12 @@ def _blocks_of_fp4(stored: StoredBlocks, kind: BlockType, rows: int, count: int)
     """Blocks of MXFP4; None for scales in another dtype, as NVFP4 has them."""
     if stored.scale.dtype != torch.float8_e8m0fnu or stored.scale.shape != (rows, count):
         return None
-    codes = _halves_apart(fp4_codes(stored.q.view(rows, count, kind.size)))
+    codes = halves_apart(fp4_codes(stored.q.view(rows, count, kind.size)))
     data = torch.cat((stored.scale.view(torch.uint8).unsqueeze(-1), codes), -1)
     return Blocks(kind, data.view(rows, count * kind.bytes), stored)
 
 
-def _halves_apart(q: torch.Tensor) -> torch.Tensor:
+def halves_apart(q: torch.Tensor) -> torch.Tensor:
     """Four-bit elements of blocks of 32 in 16 bytes, the first 16 of a block in the low halves."""
     return q[..., :16] | (q[..., 16:] << 4)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -171,16 +170,19 @@ def _maker(name: str, weight: Weight, norm_offset: float, head_dim: int, *, inte
 def _quantizer(name: str, make: Callable[[], Weight], types: Types, layers: int) -> Callable[[], Weight]:
     """A function that gives the weight in a K type, if it is a matrix in floating point; it is quantized once."""
 
-    @cache
-    def blocks(kind: str) -> Weight:
-        weight = make()
-        assert isinstance(weight, torch.Tensor)
-        return quantized(weight, kind)
+    kept: list[Blocks] = []
 
     def give() -> Weight:
+        if kept:
+            return kept[0]
         weight = make()
-        kind = None if isinstance(weight, Blocks) or weight.dim() != 2 else type_of(name, weight.shape[1], types, layers)
-        return weight if kind is None else blocks(kind)
+        if isinstance(weight, Blocks) or weight.dim() != 2:
+            return weight
+        kind = type_of(name, weight.shape[1], types, layers)
+        if kind is None:
+            return weight
+        kept.append(quantized(weight, kind))
+        return kept[0]
 
     return give
 
