@@ -67,7 +67,12 @@ def variants() -> Iterator[Variant]:
         types |= dict.fromkeys(("columns", "x_row", "x_column"), "i32")
         kernel, options = row_quantization.quantize_rows_kernel, {"x_column": 1, "BLOCK": block, "num_warps": warps}
         yield Variant(f"quantize_rows {dtype} {columns}", kernel, types, options)
-    for rows, dtype, activation in ((1, "bf16", "gelu"), (32, "fp16", "silu"), (4096, "bf16", "gelu"), (4096, "fp32", "gelu_tanh")):
+    for rows, dtype, activation in (
+        (1, "bf16", "gelu"),
+        (32, "fp16", "silu"),
+        (4096, "bf16", "gelu"),
+        (4096, "fp32", "gelu_tanh"),
+    ):
         blocks = int8_product.blocks_for(rows, 4 if dtype == "fp32" else 2)
         ends = {"bias": f"*{dtype}", "other": f"*{dtype}", "result": f"*{dtype}"}
         types = {"q": "*i8", "weight": "*i8", "scale": "*fp32", "offset": "*i32", "weight_scale": "*fp32", "sums": "*i32"}

@@ -15,6 +15,9 @@ from lissom.ops.grouped_product import grouped_product, grouped_product_referenc
 from lissom.ops.linear_attention import linear_attention, linear_attention_reference
 from lissom.ops.packed_linear import packed_embedding, packed_linear, packed_linear_norm
 from lissom.ops.quantized_linear import quantized_linear, quantized_linear_grouped, quantized_linear_norm
+from lissom.ops.quantized_products import int4_product as int4_product
+from lissom.ops.quantized_products import int8_product as int8_product
+from lissom.ops.quantized_products import quantize_rows as quantize_rows
 from lissom.ops.recurrences import gated_delta_rule as gated_delta_rule
 from lissom.ops.recurrences import selective_scan as selective_scan
 from lissom.ops.rotary import rotary, rotary_reference

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
-from lissom.ops import block_sparse_attention
+from lissom.ops import block_sparse_attention, int4_product, int8_product, quantize_rows
 
 aten = torch.ops.aten
 OWN = ("aten", "prim", "prims", "profiler")
@@ -91,6 +91,6 @@ REFERENCES: dict[object, Callable[..., object]] = {
     aten._sparse_semi_structured_mm.default: partial(_sparse_semi_structured_addmm, None),
     aten._sparse_semi_structured_addmm.default: _sparse_semi_structured_addmm,
     aten.histc.default: _histc,
-    block_sparse_attention: block_sparse_attention,
+    **{own: own for own in (block_sparse_attention, int4_product, int8_product, quantize_rows)},
 }
-"""What computes operators that only a GPU has. Block-sparse attention is FlexAttention there, which Triton compiles."""
+"""What computes operators that only a GPU has. Those of Lissom are kernels there that Triton compiles."""

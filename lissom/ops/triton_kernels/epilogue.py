@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -55,3 +56,14 @@ def finish(y, row, column, rows, features, bias, other, result, other_row, ACTIV
         else:
             y += value
     tl.store(result + row * features + column, y.to(result.dtype.element_ty), mask=inside)
+
+
+def with_rows(operand: torch.Tensor) -> torch.Tensor:
+    """A matrix with contiguous rows: as it is, or a copy."""
+    return operand if operand.stride(1) == 1 or operand.shape[1] <= 1 else operand.contiguous()
+
+
+def ends(bias: torch.Tensor | None, other: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+    """The operands of `finish`, and the stride of rows of `other`."""
+    other = None if other is None else with_rows(other)
+    return None if bias is None else bias.contiguous(), other, 0 if other is None else other.stride(0)

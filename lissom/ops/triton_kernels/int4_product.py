@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lissom.ops.triton_kernels.epilogue import finish, tile_of
+from lissom.ops.triton_kernels.epilogue import ends, finish, tile_of, with_rows
 
 GROUP = 8
 FEW_ROWS = 32
@@ -62,7 +62,9 @@ def int4_product(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bias: torch.Tensor | None,
     other: torch.Tensor | None, *, signed: bool, activation: str, combine: str,
 ) -> torch.Tensor:  # fmt: skip
-    """Launches the kernel. x: [rows, inputs] in float16 or bfloat16 with contiguous rows; the weight and its grid are contiguous."""
+    """Launches the kernel. x: [rows, inputs] in float16 or bfloat16; the weight and its grid are contiguous."""
+    x = with_rows(x)
+    bias, other, other_row = ends(bias, other)
     (rows, inputs), features = x.shape, weight.shape[0]
     result = x.new_empty(rows, features)
     if result.numel() == 0:
@@ -73,7 +75,7 @@ def int4_product(
     with torch.cuda.device_of(x):
         int4_product_kernel[grid](
             x, weight, scale, zero_point, bias, other, result, rows, features, inputs, max(inputs // max(scale.shape[1], 1), 1),
-            x.stride(0), 0 if other is None else other.stride(0), SIGNED=signed, ZERO=zero, ACTIVATION=activation,
+            x.stride(0), other_row, SIGNED=signed, ZERO=zero, ACTIVATION=activation,
             COMBINE=combine, enable_fp_fusion=False, **blocks,
         )  # fmt: skip
     return result

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lissom.ops.triton_kernels.epilogue import finish, tile_of
+from lissom.ops.triton_kernels.epilogue import ends, finish, tile_of, with_rows
 
 GROUP = 8
 FEW_ROWS = 32
@@ -59,14 +59,16 @@ def int8_product(
     sums: torch.Tensor, bias: torch.Tensor | None, other: torch.Tensor | None, *, activation: str, combine: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    """Launches the kernel. q: [rows, inputs], weight: [features, inputs], each with contiguous rows."""
+    """Launches the kernel. q: [rows, inputs], weight: [features, inputs]."""
+    q, weight = with_rows(q), with_rows(weight)
+    bias, other, other_row = ends(bias, other)
     (rows, inputs), features = q.shape, weight.shape[0]
     result = q.new_empty(rows, features, dtype=dtype)
     if result.numel() == 0:
         return result
     blocks = blocks_for(rows, result.element_size())
     strides = [int(known.numel() > 1) for known in (scale, offset)]
-    strides += [q.stride(0), weight.stride(0), 0 if other is None else other.stride(0)]
+    strides += [q.stride(0), weight.stride(0), other_row]
     grid = (triton.cdiv(rows, blocks["BLOCK_M"]) * triton.cdiv(features, blocks["BLOCK_N"]),)
     with torch.cuda.device_of(q):
         int8_product_kernel[grid](

@@ -13,7 +13,7 @@ _ROUNDING = tl.constexpr(12582912.0)  # 1.5 · 2^23: a float32 added to it has n
 
 @triton.jit
 def quantize_rows_kernel(x, q, scale, offset, columns, x_row, x_column, BLOCK: tl.constexpr):
-    """Scale, zero point - 128 and q - 128 of one row. A row with NaN or infinities has q = zero point and a scale that is none."""
+    """Scale, zero point - 128 and q - 128 of one row. NaN and infinities give q = zero point, and no finite scale."""
     row = tl.program_id(0).to(tl.int64)
     x += row * x_row
     q += row * columns
