@@ -21,8 +21,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     options = _parser().parse_args()
     try:
-        steps = _steps(options.only)
-        again = _steps(options.again) if options.again else []
+        steps = chosen_steps(options.only)
+        again = chosen_steps(options.again) if options.again else []
         card = card_name(options.pretend)
         results = Results(options.out, card)
     except UsageError as error:
@@ -31,7 +31,7 @@ def main() -> None:
         results.forget(step.name)
     try:
         for step in steps:
-            _run_step(step, results, card, options.pretend)
+            run_step(step, results, card, options.pretend)
     except KeyboardInterrupt:
         print(f"interrupted; start it again to go on: {_page(results)}", file=sys.stderr)
         sys.exit(130)
@@ -40,7 +40,7 @@ def main() -> None:
     print(_page(results))
 
 
-def _run_step(step: Step, results: Results, card: str, pretend: bool) -> None:
+def run_step(step: Step, results: Results, card: str, pretend: bool) -> None:
     """Run the tasks without a result, as long as the step's time lasts."""
     end = time.monotonic() + step.seconds
     for task in step.tasks(pretend):
@@ -61,7 +61,7 @@ def _run_step(step: Step, results: Results, card: str, pretend: bool) -> None:
         print(f"{step.name}: {task.name}: {result.status} in {result.seconds:.0f} s" + (f", {found} faults" if found else ""))
 
 
-def _steps(names: str) -> list[Step]:
+def chosen_steps(names: str) -> list[Step]:
     """The steps of a list, in their order; all without one."""
     known = {step.name: step for step in STEPS}
     chosen = [name.strip() for name in names.split(",") if name.strip()] if names else list(known)

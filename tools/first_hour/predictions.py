@@ -162,17 +162,21 @@ def _sources(node: fx.Node, costs: dict[fx.Node, Cost]) -> set[fx.Node]:
 
 def table() -> str:
     """The predictions of all rows on all cards, as Markdown."""
-    lines = [f"| model | dtype | engine | {' | '.join(CARDS)} |", f"|---|---|---|{'---:|' * len(CARDS)}"]
-    for model in SHAPES:
-        for half in (True, False):
-            for engine in TITLES:
-                rows = [row for row in ROWS if (row.model, row.engine, row.dtype != "float32") == (model, engine, half)]
-                if not rows:
-                    continue
+    head = [f"| model | dtype | engine | {' | '.join(CARDS)} |", f"|---|---|---|{'---:|' * len(CARDS)}"]
+    return "\n".join([*head, *(line for model in SHAPES for line in lines_of(model))]) + "\n"
+
+
+def lines_of(model: str) -> list[str]:
+    """The rows of a model; float16 and bfloat16 are alike."""
+    lines = list[str]()
+    for half in (True, False):
+        for engine in TITLES:
+            rows = [row for row in ROWS if (row.model, row.engine, row.dtype != "float32") == (model, engine, half)]
+            if rows:
                 dtypes = ", ".join(dtype for dtype in DTYPES if dtype in {row.dtype for row in rows})
                 cells = [_cell([predict(rows[0], batch, card) for batch in BATCHES]) for card in CARDS.values()]
                 lines.append(f"| {model} | {dtypes} | {TITLES[engine]} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def sources() -> str:

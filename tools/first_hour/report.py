@@ -12,8 +12,8 @@ from tools.first_hour.predictions import digits
 from tools.first_hour.results import Result, Results, write
 from tools.first_hour.tasks import STEPS, Step
 
-_PRETENDED = """**Everything here is pretended**: there was no GPU, models are tiny, and values were computed on the CPU. It shows
-that the steps run. Nothing was timed; predictions are by roofline, of the real models.
+_PRETENDED = """**Everything here is pretended**: there was no GPU, models are tiny, and values were computed on the CPU. It
+shows that the steps run. Nothing was timed; predictions are by roofline, of the real models.
 """
 _TABLE = (
     "| model | dtype | engine | batch | ms (middle half) | cosine to float32 | memory, GB |\n|---|---|---|---:|---:|---:|---:|"
