@@ -18,7 +18,9 @@ def run_tests(file: str) -> dict[str, object]:
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", file]
+        # One worker: a test that crashes it is reported, and the next has a process of its own, and of the GPU's memory.
+        options = ["-m", "gpu", "-q", "-n1", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", *options, file]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         if not report.exists():
             last = (ran.stdout + ran.stderr).strip().splitlines()[-1:]
