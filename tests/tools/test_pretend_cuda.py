@@ -41,6 +41,7 @@ def cuda() -> Generator[torch.device]:
         lambda: torch.eye(3, 4, device="cuda").t(),
         lambda: torch.zeros(3, device="cuda").index_put_((torch.tensor([1]),), torch.ones(1, device="cuda")),
         lambda: torch.tensor([3, 1, 2], device="cuda").sort().values,
+        lambda: torch.linspace(-1, 1, 6, device="cuda").half().view(2, 3).softmax(-1, dtype=torch.float32),
     ],
 )
 def test_values_and_strides_are_those_of_the_cpu(cuda, make: Callable[[], torch.Tensor]) -> None:

@@ -85,12 +85,18 @@ def _histc(values: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
     return torch.histc(values.float(), *arguments, **named).to(values.dtype)
 
 
+def _softmax(x: torch.Tensor, dim: int, wide: bool) -> torch.Tensor:
+    """Of float16 in float32 too, in one kernel, which the CPU lacks."""
+    return torch.softmax(x, dim, dtype=torch.float32 if wide else None)
+
+
 REFERENCES: dict[object, Callable[..., object]] = {
     aten._convert_weight_to_int4pack.default: _convert_weight_to_int4pack,
     aten._weight_int4pack_mm.default: _weight_int4pack_mm,
     aten._sparse_semi_structured_mm.default: partial(_sparse_semi_structured_addmm, None),
     aten._sparse_semi_structured_addmm.default: _sparse_semi_structured_addmm,
     aten.histc.default: _histc,
+    aten._softmax.default: _softmax,
     **{own: own for own in (block_sparse_attention, int4_product, int8_product, quantize_rows)},
 }
 """What computes operators that only a GPU has. Those of Lissom are kernels there that Triton compiles."""
