@@ -15,7 +15,14 @@ from torch import fx
 from lissom import ops
 from lissom.compiler.analysis.structure.linear import input_of, is_linear, is_quantizer, weight_of
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.operators import GROUPED_PRODUCTS, INT8_LINEARS, INTEGER_PRODUCTS, PACKED_PRODUCTS, WEIGHT_ONLY_LINEARS
+from lissom.compiler.ir.operators import (
+    GROUPED_PRODUCTS,
+    INT8_LINEARS,
+    INTEGER_PRODUCTS,
+    PACKED_LINEARS,
+    PACKED_PRODUCTS,
+    WEIGHT_ONLY_LINEARS,
+)
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import Step
 from lissom.errors import UnsupportedError
@@ -27,7 +34,7 @@ aten = torch.ops.aten
 _KERNELS = {*INT8_LINEARS, *INTEGER_PRODUCTS, *PACKED_PRODUCTS}
 """Operators that compute a quantized layer from integers, one per layer."""
 _OTHER_LAYERS = {
-    *(aten.linear.default, ops.sparse_linear, ops.packed_linear, ops.packed_linear_norm),
+    *(aten.linear.default, ops.sparse_linear, *PACKED_LINEARS),
     *WEIGHT_ONLY_LINEARS,
 }
 """Operators of linear layers in floating point whose weight `is_linear` does not see."""

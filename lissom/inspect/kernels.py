@@ -26,7 +26,7 @@ _NATIVE = {*ops.KERNELS, ops.gated_delta_rule, ops.selective_scan}
 _INT8 = {*operators.INT8_LINEARS}
 _WEIGHT_ONLY = {*operators.WEIGHT_ONLY_LINEARS}
 _LINEARS = {
-    *(aten.linear.default, ops.packed_linear, ops.packed_linear_norm, ops.sparse_linear),
+    *(aten.linear.default, ops.sparse_linear, *operators.PACKED_LINEARS),
     *operators.QUANTIZED_LINEARS,
 }
 _ATTENTIONS = {*operators.ATTENTIONS, ops.fused_attention, ops.block_sparse_attention, ops.linear_attention}

@@ -6,6 +6,12 @@ import torch
 
 from lissom.ops.attention import attention, attention_reference
 from lissom.ops.block_sparse_attention import block_sparse_attention
+from lissom.ops.block_sparse_linear import (
+    block_sparse_linear,
+    block_sparse_linear_norm,
+    block_sparse_quantized_linear,
+    block_sparse_quantized_linear_norm,
+)
 from lissom.ops.change_basis import change_basis, change_basis_reference
 from lissom.ops.dense_linear import linear
 from lissom.ops.flex_attention import flex_block_sparse_attention as flex_block_sparse_attention
@@ -41,6 +47,10 @@ IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {
 """Python implementations of operators; calling them directly avoids the overhead of PyTorch's dispatcher."""
 
 KERNELS = (
+    block_sparse_linear,
+    block_sparse_linear_norm,
+    block_sparse_quantized_linear,
+    block_sparse_quantized_linear_norm,
     packed_embedding,
     packed_linear,
     packed_linear_norm,

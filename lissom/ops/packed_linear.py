@@ -48,7 +48,8 @@ def _check(x: torch.Tensor, weight: torch.Tensor, features: int) -> None:
     check_exact(weight, packed_sizes(x, features), x.dtype, "a packed weight")
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, features: int) -> torch.Tensor:
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, features: int) -> torch.Tensor:
+    """x Wᵀ + b."""
     return functional.linear(x, unpack(weight, features), cast(bias, x.dtype))
 
 
@@ -85,7 +86,7 @@ def _rows_of(weight: torch.Tensor, indices: torch.Tensor, *, features: int, bits
     return weight.new_empty((*indices.shape, inputs if bits > 4 else inputs // 2))
 
 
-_FORM = LinearForm("packed_linear", ("Tensor weight",), "", _check, _product)
+_FORM = LinearForm("packed_linear", ("Tensor weight",), "", _check, product)
 _FORM.define()
 packed_linear_reference = _FORM.reference
 

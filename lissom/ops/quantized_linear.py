@@ -88,7 +88,7 @@ def _is_by_row(known: torch.Tensor, x: torch.Tensor) -> bool:
     return known.dtype == torch.float32 and tuple(known.shape) == (*x.shape[:-1], 1)
 
 
-def _check(x: torch.Tensor, *operands: Any, features: int, granularity: str = "token") -> None:
+def check(x: torch.Tensor, *operands: Any, features: int, granularity: str = "token") -> None:
     """Raise unless the operands fit x."""
     weight, scale, sums, x_scale, x_zero_point, zero_point = operands
     inputs, panels, grouped = x.shape[-1], -(-features // PANEL), scale.dim() == 3
@@ -122,7 +122,7 @@ def _check(x: torch.Tensor, *operands: Any, features: int, granularity: str = "t
         check_exact(zero_point, tuple(scale.shape), torch.uint8, "a weight's zero point")
 
 
-def _product(x: torch.Tensor, *operands: Any, features: int, granularity: str = "token") -> torch.Tensor:
+def product(x: torch.Tensor, *operands: Any, features: int, granularity: str = "token") -> torch.Tensor:
     """Q(x) Wᵀ + b in float32."""
     weight, scale, _, x_scale, x_zero_point, zero_point, bias = operands
     if x_scale is None:
@@ -138,7 +138,7 @@ def _product(x: torch.Tensor, *operands: Any, features: int, granularity: str = 
 
 _STORED = ("Tensor weight", "Tensor scale", "Tensor sums")
 _OPTIONAL = ("Tensor? x_scale=None", "Tensor? x_zero_point=None", "Tensor? zero_point=None")
-_FORM = LinearForm("quantized_linear", (*_STORED, *_OPTIONAL), 'str granularity="token"', _check, _product)
+_FORM = LinearForm("quantized_linear", (*_STORED, *_OPTIONAL), 'str granularity="token"', check, product)
 _FORM.define()
 quantized_linear_reference = _FORM.reference
 _GROUPED = GroupedLinear(_FORM)

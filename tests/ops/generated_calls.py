@@ -22,6 +22,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lissom.errors import LissomError
+from lissom.ops.block_sparse_linear import (
+    BLOCK,
+    block_sparse_linear_reference,
+    block_sparse_quantized_linear_reference,
+    pack_nonzero_blocks,
+)
 from lissom.ops.blocked_attention import blocked_attention
 from lissom.ops.formats import BYTE_SCALES, SCALES, quantize
 from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference, unpadded_attention_reference
@@ -82,7 +88,7 @@ class Generator:
         self.torch = torch.Generator().manual_seed(seed)
         self.dtypes = kernel_dtypes() or (torch.float32,)
         self.makers = [self.linear, self.quantized, self.stored, self.embedding, self.attention, self.merged, self.sparse]
-        self.makers += [self.norm, self.rotary, self.unpadded]
+        self.makers += [self.norm, self.rotary, self.unpadded, self.blocks]
 
     def call(self) -> tuple[Call, bool]:
         """A call, and whether it is spoilt."""
@@ -155,6 +161,32 @@ class Generator:
         norm = self.random.random() < 0.4
         call = Call("quantized_linear" + "_norm" * norm, quantized_linear_reference, operands, {**options})
         return self.around(call, lead, features, dtype)
+
+    def blocks(self) -> Call:
+        """A linear layer without the zero blocks of its weight, half of them in int8."""
+        dtype, lead = self.random.choice(self.dtypes), self.lead()
+        features, inputs, quantized = self.size(), BLOCK * self.random.choice([0, 1, 2, 9, 16, 17]), self.random.random() < 0.5
+        kept = torch.rand(-(-features // 32), inputs // BLOCK, generator=self.torch) < self.random.choice([0, 0.3, 1])
+        kept = kept.repeat_interleave(32, 0)[:features].repeat_interleave(BLOCK, 1)
+        norm = "_norm" * (self.random.random() < 0.4)
+        x = self.numbers(*lead, inputs, dtype=dtype)
+        if not quantized:
+            weight = (torch.randn(features, inputs, generator=self.torch) * kept).to(dtype)
+            stored = dict(zip(("weight", "places", "ends"), pack_nonzero_blocks(pack(weight)), strict=True))
+            call = Call("block_sparse_linear" + norm, block_sparse_linear_reference, {"x": x, **stored}, {})
+            return self.around(call, lead, features, dtype)
+        q = (torch.randint(-127, 128, (features, inputs), generator=self.torch) * kept).to(torch.int8)
+        stored = dict(zip(("weight", "places", "ends"), pack_nonzero_blocks(pack_bytes(q)), strict=True))
+        known = self.random.random() < 0.3
+        grid = {
+            "scale": fill_panels(torch.rand(features, generator=self.torch) / 100, features),
+            "sums": fill_panels(q.sum(1, dtype=torch.int32), features),
+            "x_scale": torch.tensor(0.02) if known else None,
+            "x_zero_point": torch.tensor(128, dtype=torch.uint8) if known else None,
+        }
+        options: dict[str, Value] = {"granularity": self.random.choice(["token", "tensor"])}
+        name, reference = "block_sparse_quantized_linear" + norm, block_sparse_quantized_linear_reference
+        return self.around(Call(name, reference, {"x": x, **stored, **grid}, options), lead, features, dtype)
 
     def stored(self) -> Call:
         dtype, lead = self.random.choice(self.dtypes), self.lead()

@@ -6,6 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lissom
+from lissom.ops.block_sparse_linear import block_sparse_linear_reference, block_sparse_quantized_linear_reference
 from lissom.ops.blocked_attention import blocked_attention
 from lissom.ops.fused_attention import (
     fused_attention_reference,
@@ -28,12 +29,17 @@ STORED = torch.zeros(2, 10, 32, dtype=torch.int8)
 FOUR_BITS = torch.zeros(2, 10, 16, dtype=torch.uint8)
 ONES, SUMS, BLOCKS = torch.ones(64), torch.zeros(64, dtype=torch.int32), torch.ones(2, 1, 32)
 IDS = torch.tensor([0, 39])
+FOUR, FOUR_BLOCKS = torch.randn(5, 8), torch.randn(3, 4, 32)
+BYTE_BLOCKS = torch.ones(3, 32, 4, dtype=torch.int8)
+PLACES, ENDS = torch.tensor([0, 1, 1], dtype=torch.int32), torch.tensor([2, 3], dtype=torch.int32)
 Q, K = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
 QKV = torch.randn(2, 5, 64)
 ANGLES = torch.randn(5, 8)
 REFERENCES = {
     "packed_linear": packed_linear_reference,
     "packed_embedding": packed_embedding_reference,
+    "block_sparse_linear": block_sparse_linear_reference,
+    "block_sparse_quantized_linear": block_sparse_quantized_linear_reference,
     "quantized_linear": quantized_linear_reference,
     "weight_quantized_linear": weight_quantized_linear_reference,
     "fused_attention": fused_attention_reference,
@@ -66,6 +72,14 @@ WRONG = [
     ("packed_embedding", (FOUR_BITS[:, :9].contiguous(), IDS), {"features": 40, "bits": 4}),
     ("packed_embedding", (WEIGHT, IDS), {"features": 40, "bits": 2}),
     ("packed_embedding", (WEIGHT, IDS.float()), EMBEDDING),
+    ("block_sparse_linear", (FOUR, FOUR_BLOCKS, PLACES.long(), ENDS), {"features": 40}),
+    ("block_sparse_linear", (FOUR, FOUR_BLOCKS[:2], PLACES, ENDS), {"features": 40}),
+    ("block_sparse_linear", (FOUR[:, :7], FOUR_BLOCKS, PLACES, ENDS), {"features": 40}),
+    ("block_sparse_linear", (FOUR, FOUR_BLOCKS, PLACES, ENDS), {"features": 80}),
+    ("block_sparse_linear", (FOUR.bfloat16(), FOUR_BLOCKS, PLACES, ENDS), {"features": 40}),
+    ("block_sparse_quantized_linear", (FOUR, BYTE_BLOCKS, PLACES, ENDS[:1], ONES, SUMS), {"features": 40}),
+    ("block_sparse_quantized_linear", (FOUR, BYTE_BLOCKS, PLACES, ENDS, ONES[:40], SUMS), {"features": 40}),
+    ("block_sparse_quantized_linear", (FOUR, BYTE_BLOCKS, PLACES, ENDS, ONES, SUMS), {"features": 40, "granularity": "group"}),
     ("quantized_linear", (X, BYTES[:, :2].contiguous(), ONES, SUMS), {"features": 40}),
     ("quantized_linear", (X, BYTES, ONES[:40], SUMS), {"features": 40}),
     ("quantized_linear", (X, BYTES, ONES, SUMS.long()), {"features": 40}),

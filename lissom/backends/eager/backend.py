@@ -22,7 +22,7 @@ from lissom.backends.eager.cuda_graphs import with_fast_layout, with_graphs
 from lissom.backends.eager.methods import METHODS
 from lissom.backends.eager.node_times import time_nodes
 from lissom.compiler.ir.node import overload
-from lissom.compiler.ir.operators import QUANTIZED_LINEARS
+from lissom.compiler.ir.operators import PACKED_LINEARS, QUANTIZED_LINEARS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.memory import copies, use_huge_pages
@@ -32,7 +32,6 @@ from lissom.inspect.hot_layers import LayerTimes, layer_times
 from lissom.measure.machine import Machine
 from lissom.ops import KERNELS
 from lissom.ops.native import load_kernels, one_call
-from lissom.ops.packed_linear import packed_linear, packed_linear_norm
 from lissom.passes.canonical.fold_constants import FoldConstants
 from lissom.passes.lowering.fuse_attention import FuseAttention
 from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
@@ -69,7 +68,7 @@ class Eager(Backend):
         # Without kernels the later passes say why; merged projections would then be read as strided slices.
         merge = () if load_kernels() else (MergeProjections(always=True, gates=False),)
         heads = (FuseRotary(), LowerSparseAttention(), FuseAttention())
-        products = (SplitGates(), PackQuantizedLinear(), PackLinear(), FuseEpilogues(), FuseNorm())
+        products = (SplitGates(), PackQuantizedLinear(), PackSparse(), PackLinear(), FuseEpilogues(), FuseNorm())
         lookups = (FuseUnpaddedAttention(), FuseMergedAttention(), WriteStateInPlace())
         return (FoldConstants(shared=True), FoldQuantizedWeights(), *merge, *heads, *products, *lookups)
 
@@ -150,7 +149,7 @@ def settle_weights(program: Program, *, behind: bool = False) -> None:
 def _packed(program: Program) -> list[torch.Tensor]:
     """The weights that were packed for kernels, and their grids: they are the program's own."""
     packed: dict[str, torch.Tensor] = {}
-    for call in program.nodes(packed_linear, packed_linear_norm, *QUANTIZED_LINEARS):
+    for call in program.nodes(*PACKED_LINEARS, *QUANTIZED_LINEARS):
         for parameter, argument in zip(overload(call)._schema.arguments, call.args, strict=False):
             if parameter.name in _PACKED and isinstance(argument, fx.Node) and argument.op == "get_attr":
                 packed[str(argument.target)] = program.weight(str(argument.target))
@@ -158,7 +157,7 @@ def _packed(program: Program) -> list[torch.Tensor]:
 
 
 _EMBEDDING = torch.ops.aten.embedding.default
-_PACKED = ("weight", "scale", "sums", "zero_point")
+_PACKED = ("weight", "places", "ends", "scale", "sums", "zero_point")
 """Parameters of linear layers."""
 
 

@@ -235,7 +235,8 @@ _WRITTEN_BY: Mapping[object, str] = {
     **dict.fromkeys((ops.packed_linear, ops.packed_embedding), "pack-linear or pack-quantized-linear"),
     **dict.fromkeys(QUANTIZED_LINEARS, "pack-quantized-linear"),
     **dict.fromkeys((ops.packed_linear_norm, ops.quantized_linear_norm, ops.weight_quantized_linear_norm), "fuse-epilogues"),
-    ops.sparse_linear: "pack-sparse",
+    **dict.fromkeys((ops.block_sparse_linear_norm, ops.block_sparse_quantized_linear_norm), "fuse-epilogues"),
+    **dict.fromkeys((ops.sparse_linear, ops.block_sparse_linear, ops.block_sparse_quantized_linear), "pack-sparse"),
 }
 """Operators that only Lissom or PyTorch have kernels for, and the passes that write them."""
 

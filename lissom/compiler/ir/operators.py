@@ -201,6 +201,11 @@ RECURRENT_LAYERS = {aten.lstm.input: 4, aten.gru.input: 3, **dict.fromkeys(PLAIN
 """All layers of an LSTM, GRU or RNN at once, and how many matrices of a step lie in one of its weights."""
 RECURRENCES = (ops.gated_delta_rule, ops.selective_scan)
 """Layers that run through the tokens in order, with a state."""
+PACKED_LINEARS = (
+    *(ops.packed_linear, ops.packed_linear_norm),
+    *(ops.block_sparse_linear, ops.block_sparse_linear_norm),
+)
+"""Kernels of linear layers that read a packed weight in floating point, their second argument."""
 GROUPED_PRODUCTS = (grouped_product,)
 """Products of rows with the matrix of their group, out of a stack [groups, in_features, out_features]."""
 BASES = (ops.change_basis,)
@@ -209,7 +214,10 @@ INTEGER_PRODUCTS = (aten._int_mm.default, aten._scaled_mm.default)
 """PyTorch's products of quantized matrices."""
 PACKED_PRODUCTS = (aten._weight_int4pack_mm.default, aten._weight_int8pack_mm.default)
 """PyTorch's products with a quantized weight."""
-INT8_LINEARS = (ops.quantized_linear, ops.quantized_linear_grouped, ops.quantized_linear_norm)
+INT8_LINEARS = (
+    *(ops.quantized_linear, ops.quantized_linear_grouped, ops.quantized_linear_norm),
+    *(ops.block_sparse_quantized_linear, ops.block_sparse_quantized_linear_norm),
+)
 """Kernels of linear layers that quantize their input."""
 WEIGHT_ONLY_LINEARS = (ops.weight_quantized_linear, ops.weight_quantized_linear_grouped, ops.weight_quantized_linear_norm)
 """Kernels of linear layers with a quantized weight and floating-point products."""

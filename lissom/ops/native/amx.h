@@ -21,6 +21,8 @@ constexpr int64_t kFewestAmxRows = 8;         // fewer rows are multiplied by ve
 constexpr int64_t kPanelBytes = kPanel * 4;   // of one step of a panel, in every dtype
 constexpr int64_t kStepsOfTile = kTileBytes / 4;
 
+struct WeightFirst {};  // in place of the dtype of the left operand: signed bytes, times unsigned bytes on the right
+
 #if defined(__AMX_TILE__)
 
 constexpr bool kHasAmx = true;
@@ -55,6 +57,7 @@ struct TileScope {
   do {                                                                  \
     if constexpr (std::is_same_v<T, BFloat16>) _tile_dpbf16ps(sum, a, b); \
     else if constexpr (std::is_same_v<T, int8_t>) _tile_dpbssd(sum, a, b); \
+    else if constexpr (std::is_same_v<T, WeightFirst>) _tile_dpbsud(sum, a, b); \
     else _tile_dpbusd(sum, a, b);                                       \
   } while (false)
 
@@ -76,16 +79,18 @@ struct TileScope {
 
 template <typename T>
 inline void emulated_dot(EmulatedTile& sum, const EmulatedTile& a, const EmulatedTile& b) {
-  using Weight = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, int8_t>;
+  constexpr bool swapped = std::is_same_v<T, WeightFirst>;
+  using Left = std::conditional_t<swapped, int8_t, T>;
+  using Right = std::conditional_t<swapped, uint8_t, std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, int8_t>>;
   using Sum = std::conditional_t<std::is_same_v<T, BFloat16>, float, int32_t>;
-  constexpr int pair = 4 / sizeof(T);
+  constexpr int pair = 4 / sizeof(Left);
   for (int row = 0; row < kTileRows; ++row)
     for (int column = 0; column < kTileBytes / 4; ++column) {
       Sum total;
       std::memcpy(&total, &sum.bytes[row][4 * column], 4);
       for (int step = 0; step < kTileBytes / 4; ++step) {
-        T left[pair];
-        Weight right[pair];
+        Left left[pair];
+        Right right[pair];
         std::memcpy(left, &a.bytes[row][4 * step], 4), std::memcpy(right, &b.bytes[step][4 * column], 4);
         for (int i = 0; i < pair; ++i) total += static_cast<Sum>(left[i]) * static_cast<Sum>(right[i]);
       }

@@ -1,6 +1,7 @@
 // Registers the CPU kernels of `lissom::` operators; each is checked against the reference in lissom/ops.
 #include "attention_module.h"
 #include "linear.h"
+#include "amx_blocks.h"
 #include "amx_groups.h"
 #include "amx_weights.h"
 #include "barrier.h"
@@ -120,11 +121,59 @@ Tensor packed_linear_norm(const Tensor& x, const Tensor& weight, Optional bias, 
   return plain(x, weight, {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
 }
 
+// The blocks of a weight that are stored. Raises unless they fit the inputs and features: kernels read x at their places.
+StoredBlocks blocks_of(const Tensor& weight, const Tensor& places, const Tensor& ends, at::ScalarType type, int64_t inputs, int64_t features) {
+  check_readable(weight, "the blocks of a weight");
+  int64_t stored = weight.dim() ? weight.size(0) : 0, panels = ceil_div(features, kPanel), blocks = ceil_div(inputs, kBlockInputs);
+  std::vector<int64_t> sizes{stored, kPanel, kBlockInputs};
+  if (type == at::kFloat) sizes = {stored, kBlockInputs, kPanel};
+  if (type == at::kBFloat16) sizes = {stored, kBlockInputs / 2, kPanel, 2};
+  check_exact(weight, sizes, type, "the blocks of a weight");
+  check_exact(places, stored, at::kInt, "the places of blocks");
+  check_exact(ends, panels, at::kInt, "the ends of panels");
+  const int32_t *place = places.const_data_ptr<int32_t>(), *end = ends.const_data_ptr<int32_t>();
+  bool inside = true, ordered = (panels ? end[panels - 1] : 0) == stored;
+  for (int64_t n = 0; n < stored; ++n) inside &= place[n] >= 0 && place[n] < blocks;
+  for (int64_t panel = 0; panel < panels; ++panel) ordered &= end[panel] >= (panel ? end[panel - 1] : 0);
+  TORCH_CHECK(ordered, "the ends of panels must not fall, and the last must be ", stored, ", the number of blocks");
+  TORCH_CHECK(inside, "the places of blocks must be from 0 to ", blocks - 1);
+  return {place, end};
+}
+
+template <typename T>
+Tensor sparse_of(const Tensor& given, const Tensor& weight, const Tensor& places, const Tensor& ends, const Epilogue& epilogue) {
+  check_linear(given, epilogue);
+  int64_t inputs = given.size(-1);
+  TORCH_CHECK(inputs % kBlockInputs == 0, "there are ", inputs, " inputs, and blocks take a multiple of ", kBlockInputs);
+  StoredBlocks blocks = blocks_of(weight, places, ends, given.scalar_type(), inputs, epilogue.features);
+  Tensor x = given.contiguous();
+  const T *from = x.const_data_ptr<T>(), *stored = weight.const_data_ptr<T>();
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (by_amx(x, kFewestAmxBlockRows)) return linear_of<T>(x, TiledBlocks{from, stored, blocks, inputs}, epilogue);
+  return with_operand<T>([&](auto zero) {
+    if constexpr (std::is_same_v<T, decltype(zero)>) return linear_of<T>(x, SparsePlain<T>{from, stored, blocks, inputs}, epilogue);
+    else return linear_of<T>(x, SparseWidened{from, stored, blocks, inputs}, epilogue);
+  });
+}
+
+Tensor block_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& places, const Tensor& ends, Optional bias,
+                           Optional other, int64_t features, std::string_view activation, std::string_view combine) {
+  Epilogue epilogue{bias, other, {}, {}, features, activation_of(activation), multiplies(combine)};
+  return by_dtype(x, [&](auto zero) { return sparse_of<decltype(zero)>(x, weight, places, ends, epilogue); });
+}
+
+Tensor block_sparse_linear_norm(const Tensor& x, const Tensor& weight, const Tensor& places, const Tensor& ends, Optional bias,
+                                Optional other, Optional norm_weight, Optional norm_bias, int64_t features, double eps) {
+  Epilogue epilogue{bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps};
+  return by_dtype(x, [&](auto zero) { return sparse_of<decltype(zero)>(x, weight, places, ends, epilogue); });
+}
+
 // The weight of a quantized layer, and how x is quantized.
 struct QuantizedOperands {
   const Tensor &weight, &scale, &sums;
   Optional x_scale, x_zero_point, zero_point;
   std::string_view granularity;
+  const Tensor *places = nullptr, *ends = nullptr;  // of the weight's blocks, where only those that are not zero are stored
 
   bool grouped() const { return scale.dim() == 3; }
 
@@ -146,8 +195,13 @@ void check_quantized(const Tensor& x, const QuantizedOperands& operands, const E
   int64_t inputs = x.size(-1), columns = packed_features(epilogue), groups = operands.grouped() ? operands.scale.size(1) : 1;
   TORCH_CHECK(inputs <= kMostInt8Inputs, "there are ", inputs, " inputs, and int32 sums take at most ", kMostInt8Inputs);
   bool bytes = !operands.grouped() || operands.weight.scalar_type() == at::kChar;
-  check_exact(operands.weight, {columns / kPanel, ceil_div(inputs, 4), bytes ? kPanel : kPanel / 2, 4}, bytes ? at::kChar : at::kByte,
-              "a packed weight");
+  if (operands.places) {
+    TORCH_CHECK(operands.granularity != "group" && operands.scale.dim() == 1,
+                "a weight with zero blocks has one scale a feature, x one a row or in all");
+  } else {
+    check_exact(operands.weight, {columns / kPanel, ceil_div(inputs, 4), bytes ? kPanel : kPanel / 2, 4}, bytes ? at::kChar : at::kByte,
+                "a packed weight");
+  }
   if (operands.grouped()) {
     TORCH_CHECK(groups > 0 && inputs % groups == 0 && inputs / groups % 4 == 0, "scales have the sizes ", operands.scale.sizes(),
                 ", and must be [panels, groups, 32], where each group has a multiple of four of the ", inputs, " inputs");
@@ -209,11 +263,16 @@ Tensor quantized_of(const Tensor& given, const QuantizedOperands& operands, cons
                             : operands.granularity == "group" ? Granularity::kGroup : Granularity::kTensor;
   const T* from = x.const_data_ptr<T>();
   const int8_t* weight = static_cast<const int8_t*>(operands.weight.const_data_ptr());
-  auto plain = [&](auto tiled) {
-    Quantized<T, decltype(tiled)::value> source{from, weight, operands.scale.const_data_ptr<float>(), operands.sums.const_data_ptr<int32_t>(),
+  auto dense = [&](auto tiled) {
+    return Quantized<T, decltype(tiled)::value>{from, weight, operands.scale.const_data_ptr<float>(), operands.sums.const_data_ptr<int32_t>(),
                                                 rows, inputs, padded, granularity, Quantization{}};
-    return quantized_of<T>(x, source, operands, epilogue);
   };
+  if (operands.places) {
+    StoredBlocks blocks = blocks_of(operands.weight, *operands.places, *operands.ends, at::kChar, inputs, epilogue.features);
+    if constexpr (std::is_same_v<Element, uint8_t>)
+      if (by_amx(x, kFewestAmxBlockRows)) return quantized_of<T>(x, TiledQuantizedBlocks<T>{dense(std::true_type{}), blocks}, operands, epilogue);
+    return quantized_of<T>(x, SparseQuantized<T>{dense(std::false_type{}), blocks}, operands, epilogue);
+  }
   auto grouped = [&](auto bits, auto by_group, auto shifts) {
     bool half = operands.scale.scalar_type() == at::kHalf;
     const float* weighted = operands.grouped() ? operands.sums.const_data_ptr<float>() : nullptr;
@@ -235,8 +294,8 @@ Tensor quantized_of(const Tensor& given, const QuantizedOperands& operands, cons
   if (operands.weight.scalar_type() == at::kByte) return of_bits(std::integral_constant<int, 4>{});
   if (operands.grouped() || granularity == Granularity::kGroup) return of_bits(std::integral_constant<int, 8>{});
   if constexpr (std::is_same_v<Element, uint8_t>)
-    if (by_amx(x)) return plain(std::true_type{});
-  return plain(std::false_type{});
+    if (by_amx(x)) return quantized_of<T>(x, dense(std::true_type{}), operands, epilogue);
+  return quantized_of<T>(x, dense(std::false_type{}), operands, epilogue);
 }
 
 Tensor quantized(const Tensor& x, const QuantizedOperands& operands, const Epilogue& epilogue) {
@@ -254,6 +313,22 @@ Tensor quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor
                              Optional x_zero_point, Optional zero_point, Optional bias, Optional other, Optional norm_weight,
                              Optional norm_bias, int64_t features, std::string_view granularity, double eps) {
   return quantized(x, {weight, scale, sums, x_scale, x_zero_point, zero_point, granularity},
+                 {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
+}
+
+Tensor block_sparse_quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& places, const Tensor& ends,
+                                     const Tensor& scale, const Tensor& sums, Optional x_scale, Optional x_zero_point, Optional bias,
+                                     Optional other, int64_t features, std::string_view granularity, std::string_view activation,
+                                     std::string_view combine) {
+  return quantized(x, {weight, scale, sums, x_scale, x_zero_point, {}, granularity, &places, &ends},
+                 {bias, other, {}, {}, features, activation_of(activation), multiplies(combine)});
+}
+
+Tensor block_sparse_quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor& places, const Tensor& ends,
+                                          const Tensor& scale, const Tensor& sums, Optional x_scale, Optional x_zero_point,
+                                          Optional bias, Optional other, Optional norm_weight, Optional norm_bias, int64_t features,
+                                          std::string_view granularity, double eps) {
+  return quantized(x, {weight, scale, sums, x_scale, x_zero_point, {}, granularity, &places, &ends},
                  {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
 }
 
@@ -451,9 +526,13 @@ STABLE_TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   implement<packed_linear>(library, "packed_linear");
   implement<packed_linear_norm>(library, "packed_linear_norm");
   implement<packed_embedding>(library, "packed_embedding");
+  implement<block_sparse_linear>(library, "block_sparse_linear");
+  implement<block_sparse_linear_norm>(library, "block_sparse_linear_norm");
   if (kHasInt8) {
     implement<quantized_linear>(library, "quantized_linear");
     implement<quantized_linear_norm>(library, "quantized_linear_norm");
+    implement<block_sparse_quantized_linear>(library, "block_sparse_quantized_linear");
+    implement<block_sparse_quantized_linear_norm>(library, "block_sparse_quantized_linear_norm");
   }
   if (kHasWeightQuantized) {
     implement<weight_quantized_linear>(library, "weight_quantized_linear");

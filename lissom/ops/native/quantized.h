@@ -205,20 +205,23 @@ struct Quantized {
     quantizations.resize(end - begin);
     int64_t grain = std::max<int64_t>(1, kQuantizationGrain / std::max<int64_t>(inputs, 1));
     at::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) {
-      for (int64_t row = from; row < to; ++row) {
-        Quantization& mine = quantizations[row - begin];
-        if (granularity == Granularity::kToken) {
-          Range range;
-          range.template take<false>(x + row * inputs, inputs);
-          mine = range.quantization();
-        } else if (granularity == Granularity::kRows) {
-          mine = known_quantization(row_scale[row], row_zero ? row_zero[row] : 0.0f);
-        } else {
-          mine = quantization;
-        }
-        quantize_row(x + row * inputs, inputs, padded, mine, elements.data() + (row - begin) * width());
-      }
+      for (int64_t row = from; row < to; ++row)
+        quantizations[row - begin] = quantize(row, elements.data() + (row - begin) * width());
     });
+  }
+
+  // Quantizes a row into `to`, [padded].
+  Quantization quantize(int64_t row, Element* to) const {
+    Quantization found = quantization;
+    if (granularity == Granularity::kToken) {
+      Range range;
+      range.template take<false>(x + row * inputs, inputs);
+      found = range.quantization();
+    } else if (granularity == Granularity::kRows) {
+      found = known_quantization(row_scale[row], row_zero ? row_zero[row] : 0.0f);
+    }
+    quantize_row(x + row * inputs, inputs, padded, found, to);
+    return found;
   }
 
   template <int R, bool fetches>
@@ -226,6 +229,12 @@ struct Quantized {
     IntVec totals[R][kWide] = {};
     const int8_t* columns = opened + column * kPair<int8_t>;
     multiply<R, fetches>(elements.data() + (row - origin) * padded, padded, columns, padded / kPair<int8_t>, totals, once);
+    dequantize(row, panel, column, totals, values);
+  }
+
+  // The products of R rows and a chunk of the panel's columns from their sums.
+  template <int R>
+  void dequantize(int64_t row, int64_t panel, int column, const IntVec (&totals)[R][kWide], Vec (&values)[R][kWide]) const {
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {
       Dequantizer column_of(*this, panel * kPanel + column + v * kLanes);
@@ -237,6 +246,11 @@ struct Quantized {
   // Rows [row, row + rows) times the panel, at most kAmxRows, into `values`, [kAmxRows, kPanel].
   void product(const AmxPanel& opened, int64_t row, int64_t rows, int64_t panel, float* values) const {
     amx_product<uint8_t>(rows, elements.data() + (row - origin) * width(), width(), opened, values, kPanelBytes);
+    dequantize(row, rows, panel, values);
+  }
+
+  // The same of sums in the place of `values`, [rows, kPanel].
+  void dequantize(int64_t row, int64_t rows, int64_t panel, float* values) const {
     for (int column = 0; column < kPanel; column += kLanes) {
       Dequantizer column_of(*this, panel * kPanel + column);
       for (int64_t r = 0; r < rows; ++r) {

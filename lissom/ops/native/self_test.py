@@ -12,8 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch.utils._pytree import tree_leaves
 
+from lissom.ops.block_sparse_linear import (
+    BLOCK,
+    block_sparse_linear_reference,
+    block_sparse_quantized_linear_reference,
+    pack_nonzero_blocks,
+)
 from lissom.ops.blocked_attention import block_sparse_attention_reference
 from lissom.ops.divergence import token_divergence_reference
+from lissom.ops.epilogue import PANEL
 from lissom.ops.formats import BYTE_SCALES, FORMATS, SCALES, quantize
 from lissom.ops.fused_attention import (
     fused_attention_reference,
@@ -145,6 +152,12 @@ def _recurrence_cases(dtype: torch.dtype) -> Iterator[Case]:
     yield "selective_scan", selective_scan_reference, (v, step, a[:4, 0], q, k, None, _numbers(2, 4, 37, 18, dtype=dtype)), {}
 
 
+def _with_zero_blocks(weight: torch.Tensor) -> torch.Tensor:
+    """The matrix with some blocks that `block_sparse_linear` leaves out."""
+    rows, columns = (torch.arange(size) // width for size, width in zip(weight.shape, (PANEL, BLOCK), strict=True))
+    return weight.masked_fill((rows[:, None] + columns) % 3 != 0, 0)
+
+
 def _linear_cases(dtype: torch.dtype) -> Iterator[Case]:
     features, inputs = 45, 38
     weight = pack(_numbers(features, inputs, dtype=dtype) / 6)
@@ -158,6 +171,11 @@ def _linear_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield "packed_linear", packed_linear_reference, (x / 2, weight), options
         operands = x, weight, vectors[0], other, *vectors[1:]
         yield "packed_linear_norm", packed_linear_reference, operands, {"features": features, "eps": 1e-5}
+        blocks = pack_nonzero_blocks(pack(_with_zero_blocks(_numbers(features, 2 * GROUP, dtype=dtype))))
+        operands = _numbers(rows, 2 * GROUP, dtype=dtype) / 8, *blocks, vectors[0], other
+        yield "block_sparse_linear", block_sparse_linear_reference, operands, {"features": features}
+        options = {"features": features, "eps": 1e-5}
+        yield "block_sparse_linear_norm", block_sparse_linear_reference, (*operands, *vectors[1:]), options
     ids = torch.tensor([[0, 44], [31, 32]])
     yield "packed_embedding", packed_embedding_reference, (weight, ids), {"features": features, "bits": 8 * dtype.itemsize}
 
@@ -174,6 +192,10 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
             operands = pack_bytes(q), fill_panels(scale[:, 0], features), fill_panels(q.sum(1, dtype=torch.int32), features)
             yield "quantized_linear", quantized_linear_reference, (x, *operands), {**sizes, "activation": "silu"}
             yield "quantized_linear_norm", quantized_linear_reference, (x, *operands), norm
+            q = _with_zero_blocks(q)
+            blocks = *pack_nonzero_blocks(pack_bytes(q)), operands[1], fill_panels(q.sum(1, dtype=torch.int32), features)
+            yield "block_sparse_quantized_linear", block_sparse_quantized_linear_reference, (x, *blocks), sizes
+            yield "block_sparse_quantized_linear_norm", block_sparse_quantized_linear_reference, (x, *blocks), norm
             given = {**sizes, "offs": torch.tensor([1, 1, rows])}
             yield "quantized_linear_grouped", quantized_linear_grouped_reference, (x, *_stacked(operands)), given
             yield "quantized_linear", quantized_linear_reference, (x, *operands, *_row_scales(rows)), sizes

@@ -1,6 +1,7 @@
 """Fuse what follows a packed linear layer into its kernel: an activation, a sum or product with another value, a layer norm.
 
-Shown for `lissom::packed_linear`; the same holds for `lissom::quantized_linear` and `lissom::weight_quantized_linear`:
+Shown for `lissom::packed_linear`; the same holds for `lissom::quantized_linear`, `lissom::weight_quantized_linear`, and
+those with a weight of which blocks are zero:
 
     activation(packed_linear(x))           ->  packed_linear(x, activation=…)    relu, squared_relu, gelu or silu
     packed_linear(x) + other, … · other    ->  packed_linear(x, other, combine=…)
@@ -25,6 +26,12 @@ from lissom.compiler.ir.calls import Norm
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import only_user, other_argument
 from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.ops.block_sparse_linear import (
+    block_sparse_linear,
+    block_sparse_linear_norm,
+    block_sparse_quantized_linear,
+    block_sparse_quantized_linear_norm,
+)
 from lissom.ops.packed_linear import packed_linear, packed_linear_norm
 from lissom.ops.quantized_linear import quantized_linear, quantized_linear_norm
 from lissom.ops.weight_quantized_linear import weight_quantized_linear, weight_quantized_linear_norm
@@ -35,6 +42,8 @@ _NORMED: dict[object, torch._ops.OpOverload] = {
     packed_linear: packed_linear_norm,
     quantized_linear: quantized_linear_norm,
     weight_quantized_linear: weight_quantized_linear_norm,
+    block_sparse_linear: block_sparse_linear_norm,
+    block_sparse_quantized_linear: block_sparse_quantized_linear_norm,
 }
 """The operators whose kernels take epilogues, each with its variant that ends in a layer norm."""
 

@@ -1,4 +1,4 @@
-"""Unstructured and N:M pruning: zero single weights of linear layers.
+"""Unstructured, N:M and block pruning: zero weights of linear layers.
 
 Layers keep their shape; their matrices W: [features out, features in] get zeros. All linear layers are pruned except LM
 heads and the routers of mixtures of experts. Three criteria rank the weights. X: [tokens, features in] are a layer's inputs on
@@ -18,8 +18,11 @@ calibration data, without padding.
 matrix that several layers share is pruned first, on the inputs of all of them in the program before this pass. Each expert of a
 mixture is pruned on the tokens routed to it; experts that no token reaches stay as they are.
 
-With the pattern N:M, at most N of every M neighbours in a row are kept. CUDA runs 2:4 in bfloat16 and float16 (`pack-sparse`);
-elsewhere zeros give no speedup, which the report notes. Artifacts become smaller in any case.
+With the pattern N:M, at most N of every M neighbours in a row are kept. With the pattern `block` blocks of 4 neighbouring
+inputs of 32 output features are ranked by the sum of the squares of what a criterion compares: within the layer by `magnitude`,
+among the same 32 features by `wanda`, within a block of columns by `sparsegpt`. `pack-sparse` runs blocks in float32, bfloat16
+and int8 on CPUs, and 2:4 in bfloat16 and float16 on CUDA; elsewhere zeros give no speedup, which the report notes. Artifacts
+become smaller in any case.
 """
 
 from __future__ import annotations
@@ -53,16 +56,29 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
 from lissom.compiler.pipeline.spelling import format_pass
 from lissom.errors import RequirementError, UnsupportedError
+from lissom.ops.block_sparse_linear import BLOCK as INPUTS
+from lissom.ops.epilogue import PANEL, in_panels
 
-Density = float | tuple[int, int]
-"""The density of a matrix: the fraction to keep, or N of every M neighbours in a row."""
+
+@dataclass(frozen=True)
+class Blocks:
+    """The fraction of blocks to keep."""
+
+    keep: float
+
+
+Density = float | tuple[int, int] | Blocks
+"""The density of a matrix: the fraction to keep, N of every M neighbours in a row, or the fraction of blocks."""
+BLOCK = "block"
+"""The pattern of blocks."""
 Prune = Callable[[torch.Tensor, Moments, str], torch.Tensor]
 """Gives the pruned matrix from a matrix, [features out, features in], the moments of its inputs, and its name."""
 _KEEP = 0.5
 NOTE = (
-    "zeros in weights make nothing faster by themselves: every backend multiplies with them, but for eager on CUDA, "
-    "which runs the pattern 2:4 in bfloat16 and float16 as such"
+    "zeros in weights make nothing faster by themselves: every backend multiplies with them, but for eager, which skips "
+    "blocks on CPUs (pattern=block), and 2:4 in bfloat16 and float16 on CUDA"
 )
+BLOCK_NOTE = "eager on a CPU skips blocks of zeros where that is measured faster; every other backend multiplies with them"
 
 
 @dataclass(frozen=True)
@@ -72,9 +88,10 @@ class Sparsify(Approximation):
     Attributes:
         keep: fraction of each layer's weights to keep, above 0 and up to 1; of all layers together with scope=global. 0.5 where
             neither it nor pattern nor amounts is given.
-        pattern: N:M, such as 2:4, in place of `keep`: at most N of every M neighbours in a row are kept.
+        pattern: N:M, such as 2:4, in place of `keep`: at most N of every M neighbours in a row are kept. `block`: `keep` is the
+            fraction of blocks of 4 inputs by 32 output features.
         amounts: fractions or patterns N:M of single layers by module path, with `*` and `?`; `none` leaves a layer dense:
-            `"encoder.layer.0=0.3,*.query=2:4"`. Without keep and pattern, other layers stay dense.
+            `"encoder.layer.0=0.3,*.query=2:4"`. Without keep and a pattern N:M, other layers stay dense.
         criterion: how weights are ranked; all but `magnitude` need calibration data.
         scope: ranks weights within each layer, or, by magnitude only, within the whole program.
         protect: module paths of layers to leave dense, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
@@ -97,12 +114,13 @@ class Sparsify(Approximation):
     def __post_init__(self) -> None:
         if self.keep is not None and not 0 < self.keep <= 1:
             raise UnsupportedError(f"sparsify keeps a fraction of the weights above 0 and up to 1, not keep={self.keep:g}")
-        if self.pattern is not None and self.keep is not None:
-            raise UnsupportedError("sparsify takes keep= or pattern=, not both")
+        if self.pattern not in (None, BLOCK) and self.keep is not None:
+            raise UnsupportedError("sparsify takes keep= or pattern=N:M, not both; with pattern=block keep= counts blocks")
         patterns = [self.pattern, *(amount for _, amount in self._amounts().entries if ":" in amount)]
         if self.damping <= 0 or self.block_size < 1:
             raise UnsupportedError("sparsify takes damping= above 0 and block_size= of 1 or more")
-        for group in sorted({pattern[1] for pattern in map(_parse, patterns) if pattern is not None}):
+        groups = {pattern[1] for pattern in map(_parse, patterns) if pattern is not None}
+        for group in sorted(groups | ({INPUTS} if self.pattern == BLOCK else set())):
             if self.criterion == "sparsegpt" and self.block_size % group:
                 raise UnsupportedError(
                     f"sparsegpt takes block_size= in multiples of the {group} of its pattern, not {self.block_size}"
@@ -141,7 +159,7 @@ class Sparsify(Approximation):
             _calibrate(edit, layers, lambda weight, read, name: sparsegpt(weight, read, densities[name], damping, size))
         self._tell(edit, sites, layers, densities)
         if edit.rewritten:
-            edit.note(NOTE)
+            edit.note(BLOCK_NOTE if self.pattern == BLOCK else NOTE)
 
     def _amounts(self) -> Amounts:
         takes = "a fraction such as 0.5, a pattern such as 2:4, or none"
@@ -151,11 +169,15 @@ class Sparsify(Approximation):
 
     def _density(self, amount: str | None) -> Density | str:
         """The density of a layer with this amount, or the reason it stays dense."""
-        if amount is None and self.amounts and self.keep is None and self.pattern is None:
+        if amount is None and self.amounts and self.keep is None and self.pattern in (None, BLOCK):
             return "amounts= does not name it"
-        if amount is None:
-            return _parse(self.pattern) or (_KEEP if self.keep is None else self.keep)
-        return "amounts= leaves it dense" if amount == UNCHANGED else fraction_of(amount) or _parse(amount) or _KEEP
+        if amount == UNCHANGED:
+            return "amounts= leaves it dense"
+        keep = (_KEEP if self.keep is None else self.keep) if amount is None else fraction_of(amount)
+        pattern = _parse(self.pattern if amount is None else amount)
+        if pattern is not None:
+            return pattern
+        return Blocks(keep or _KEEP) if self.pattern == BLOCK else keep or _KEEP
 
     def _candidates(self, program: Program) -> dict[fx.Node, Matrix]:
         """The linear layers with a matrix, but for those that are passed over."""
@@ -216,6 +238,8 @@ class Sparsify(Approximation):
             weight, density = matrix.read(edit.program), densities[name]
             if isinstance(density, tuple):
                 kept = largest(weight.abs(), density)
+            elif isinstance(density, Blocks):
+                kept = spread_blocks(most(block_scores(weight.float().square()), density.keep), weight.shape)
             elif name in chosen:
                 kept = chosen[name].view_as(weight)
             else:
@@ -233,24 +257,27 @@ class Sparsify(Approximation):
             if self.scope == "global" and not isinstance(density, tuple):
                 weight = matrix.read(edit.program)
                 density = int(weight.count_nonzero()) / weight.numel()
+            if isinstance(density, Blocks):
+                density = density.keep
             chosen[name] = ":".join(map(str, density)) if isinstance(density, tuple) else density
         text = amounts_text([*sites.values()], [chosen.get(name) for name in sites])
         # A layer that lost all its weights has no fraction as text.
         if text and all(chosen.values()):
-            edit.per_site = format_pass(replace(self, keep=None, pattern=None, amounts=text, scope="layer", protect=""))
+            pattern = self.pattern if self.pattern == BLOCK else None
+            edit.per_site = format_pass(replace(self, keep=None, pattern=pattern, amounts=text, scope="layer", protect=""))
 
 
 def _parse(pattern: str | None) -> tuple[int, int] | None:
-    """N and M of `N:M`.
+    """N and M of `N:M`; None for `block` and for a fraction.
 
     Raises:
         UnsupportedError: for any other text.
     """
-    if pattern is None:
+    if pattern is None or pattern == BLOCK or fraction_of(pattern) is not None:
         return None
     n, colon, m = pattern.partition(":")
     if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
-        raise UnsupportedError(f"pattern={pattern} is not known; write N:M with 0 < N < M, such as 2:4")
+        raise UnsupportedError(f"pattern={pattern} is not known; write N:M with 0 < N < M, such as 2:4, or block")
     return int(n), int(m)
 
 
@@ -264,9 +291,8 @@ def _obstacle(matrix: Matrix, tables: set[fx.Node]) -> str | None:
 def _pattern_obstacle(matrix: Matrix, density: Density) -> str | None:
     """The reason a pattern N:M does not fit a layer; None if it fits."""
     size = matrix.shape[1]
-    if isinstance(density, tuple) and size % density[1]:
-        return f"its {size} input features are no multiple of {density[1]}"
-    return None
+    group = INPUTS if isinstance(density, Blocks) else density[1] if isinstance(density, tuple) else 1
+    return f"its {size} input features are no multiple of {group}" if size % group else None
 
 
 def _taken(outputs: int, inputs: int) -> tuple[str, ...]:
@@ -309,9 +335,27 @@ def largest(scores: torch.Tensor, pattern: tuple[int, int]) -> torch.Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(n, -1).indices, True).flatten(-2)
 
 
+def block_scores(scores: torch.Tensor) -> torch.Tensor:
+    """The sum of the scores of each block, [features / 32 rounded up, inputs / 4].
+
+    Args:
+        scores: [features, inputs].
+    """
+    return in_panels(scores, INPUTS).sum((1, 3))
+
+
+def spread_blocks(kept: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """What is true for blocks, for each element of a matrix of that shape."""
+    return kept.repeat_interleave(PANEL, 0)[: shape[0]].repeat_interleave(INPUTS, 1)
+
+
 def wanda(weight: torch.Tensor, read: Moments, density: Density) -> torch.Tensor:
-    """The matrix with zeros where |W_ij| · ‖X_j‖₂ is least in each row, or in each M neighbours of it."""
+    """The matrix with zeros where |W_ij| · ‖X_j‖₂ is least in each row, in each M neighbours of it, or in blocks of a panel."""
     scores = weight.abs().float() * read.norms
+    if isinstance(density, Blocks):
+        blocks = block_scores(scores.square())
+        kept = largest(blocks, (max(1, round(density.keep * blocks.shape[1])), blocks.shape[1]))
+        return weight.masked_fill(~spread_blocks(kept, weight.shape), 0)
     columns = weight.shape[1]
     pattern = density if isinstance(density, tuple) else (max(1, round(density * columns)), columns)
     return weight.masked_fill(~largest(scores, pattern), 0)
@@ -319,7 +363,7 @@ def wanda(weight: torch.Tensor, read: Moments, density: Density) -> torch.Tensor
 
 def sparsegpt(weight: torch.Tensor, read: Moments, density: Density, damping: float, block_size: int) -> torch.Tensor:
     """The matrix with zeros, and the remaining weights updated to compensate; see the module docstring."""
-    pattern, keep = (density, 1.0) if isinstance(density, tuple) else (None, density)
+    pattern = density if isinstance(density, tuple) else None
     pruned = weight.float().clone()
     dead = read.gram.diagonal() == 0
     pruned[:, dead] = 0
@@ -328,7 +372,10 @@ def sparsegpt(weight: torch.Tensor, read: Moments, density: Density, damping: fl
         block, upper = pruned[:, start : start + block_size], factor[start : start + block_size, start : start + block_size]
         # Zeros are written, not multiplied: a negative zero has its sign bit set, so compression would not see a zero.
         scores = block.square() / upper.diagonal().square()
-        kept = most(scores, keep)
+        if isinstance(density, Blocks):
+            kept = spread_blocks(most(block_scores(scores), density.keep), block.shape)
+        else:
+            kept = most(scores, density if isinstance(density, float) else 1.0)
         errors = torch.zeros_like(block)
         for index in range(block.shape[1]):
             if pattern and index % pattern[1] == 0:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+import lissom
 from lissom.backends.eager.backend import Eager
-from lissom.ops.sparse_linear import sparse_linear
+from lissom.ops import (
+    block_sparse_linear,
+    block_sparse_linear_norm,
+    block_sparse_quantized_linear,
+    block_sparse_quantized_linear_norm,
+    sparse_linear,
+)
+from lissom.ops.native import load_kernels
 from lissom.passes.lowering.pack_sparse import PackSparse
+from tests.ops.test_block_sparse_linear import with_zero_blocks
 from tests.ops.test_sparse_linear import two_in_four
 from tests.support import captures
 from tests.support.harness import aten, calls, check_golden, rewrite
-from tests.support.models import normal, seeded
+from tests.support.models import normal, seeded, tiny_bert
 
 
 class Two(nn.Module):
@@ -64,9 +75,9 @@ def test_what_cannot_be_packed_is_reported(dtype: torch.dtype, width: int, optio
     assert history.steps[1].summary == f"rewrote 0 of 1; skipped 1: {reason}"
 
 
-def test_it_is_of_the_eager_backend_on_cuda() -> None:
-    assert "pack-sparse" in [item.name() for item in Eager().lowering(torch.device("cuda"))]
-    assert "pack-sparse" not in [item.name() for item in Eager().lowering(torch.device("cpu"))]
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_it_is_of_the_eager_backend(device: str) -> None:
+    assert "pack-sparse" in [item.name() for item in Eager().lowering(torch.device(device))]
 
 
 def test_composes() -> None:
@@ -91,3 +102,58 @@ def test_by_default_it_is_measured() -> None:
     fast = captures.compile(seeded(Two).cuda(), normal(64, 128, 64).bfloat16().cuda())
     step = next(step for step in fast.report.history.steps if step.spelling == "pack-sparse")
     assert step.rewritten + len(step.skipped) == 1
+
+
+BLOCKS = "sparsify{pattern=block,keep=0.25}"
+SPARSE = (block_sparse_linear, block_sparse_quantized_linear, block_sparse_linear_norm, block_sparse_quantized_linear_norm)
+LOWERING = ",fold-quantized-weights,pack-quantized-linear,pack-sparse{always=true},pack-linear,fuse-epilogues"
+needs_kernels = pytest.mark.skipif(bool(load_kernels()), reason=str(load_kernels()))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("rest", "allowed"), [("", 1e-5), (",cast{dtype=bf16}", 5e-2), (",quantize{scheme=int8-dynamic}", 1e-5)]
+)
+def test_zero_blocks_are_left_out_on_a_cpu(rest: str, allowed: float, tmp_path: Path) -> None:
+    """The products of every layer of BERT in another order; bfloat16 rounds each of some 30 steps to 8 bits."""
+    case = tiny_bert()
+    sparse, dense = (
+        captures.compile(case.model, case.inputs, passes=BLOCKS + rest + lowering)
+        for lowering in (LOWERING, LOWERING.replace("pack-sparse{always=true},", ""))
+    )
+    assert [calls(sparse.program, target) for target in SPARSE] == ([0, 8, 0, 4] if "int8" in rest else [8, 0, 4, 0])
+    found, wanted = (run(**case.inputs).last_hidden_state for run in (sparse, dense))  # pyright: ignore
+    torch.testing.assert_close(found, wanted, rtol=allowed, atol=allowed)
+    sparse.save(tmp_path / "saved")
+    assert torch.equal(lissom.load(tmp_path / "saved")(**case.inputs).last_hidden_state, found)  # pyright: ignore
+
+
+class Wide(nn.Module):
+    """Two layers large enough that skipping three quarters of the first is worth it anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(512, 1024), nn.Linear(1024, 64)
+        self.up.weight.data.copy_(with_zero_blocks(1024, 512, 0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+@needs_kernels
+def test_what_is_measured_slower_stays_dense() -> None:
+    """A layer without zeros is passed over; the other becomes sparse, or the report gives both times."""
+    found = captures.compile(seeded(Wide), normal(4, 512))
+    step = next(step for step in found.report.history.steps if step.spelling == "pack-sparse")
+    assert step.summary == "rewrote 1" or "without zero blocks it takes" in step.summary
+    assert calls(found.program, block_sparse_linear) == (step.summary == "rewrote 1")
+
+
+@needs_kernels
+def test_other_backends_multiply_with_the_zeros() -> None:
+    pytest.importorskip("onnxruntime")
+    model = seeded(Wide)
+    found = captures.compile(model, normal(4, 512), backend="onnxruntime")
+    assert sum(calls(found.program, target) for target in SPARSE) == 0
+    # Sums of 512 products in float32.
+    torch.testing.assert_close(found(normal(4, 512)), model(normal(4, 512)), rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
 from lissom.errors import LissomError, RequirementError, UnsupportedError
 from lissom.passes import PASSES
-from lissom.passes.prune.sparsify import NOTE, Sparsify, most, sparsegpt, wanda
+from lissom.passes.prune.sparsify import BLOCK_NOTE, NOTE, Blocks, Sparsify, most, sparsegpt, wanda
 from tests.support import captures
 from tests.support.calibrated import MODELS, exact, moments_of, passed
 from tests.support.harness import check_golden, rewrite
@@ -229,7 +229,7 @@ def test_without_data_the_criteria_that_need_it_say_so() -> None:
     ("options", "message"),
     [
         ({"keep": 0.0}, "sparsify keeps a fraction of the weights above 0 and up to 1, not keep=0"),
-        ({"keep": 0.3, "pattern": "2:4"}, "sparsify takes keep= or pattern=, not both"),
+        ({"keep": 0.3, "pattern": "2:4"}, "sparsify takes keep= or pattern=N:M, not both"),
         ({"pattern": "4:2"}, "pattern=4:2 is not known; write N:M with 0 < N < M, such as 2:4"),
         ({"pattern": "half"}, "pattern=half is not known"),
         ({"scope": "global", "criterion": "wanda"}, "ranks by magnitude and takes no pattern"),
@@ -330,3 +330,56 @@ def test_experts_without_tokens_stay_and_are_named() -> None:
     assert [sum(item) for item in whole.values()] == [EXPERTS - 2] * 2
     reasons = {item.reason for item in found.report.history.steps[-1].skipped if "experts" in item.place}
     assert reasons == {"2 of its 4 experts: the calibration data gives it no tokens"}
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_blocks_are_kept(name: str, criterion: str) -> None:
+    """A quarter of the blocks of 4 inputs by 32 features, which the eager backend skips; the rest is zero."""
+    dense = exact(MODELS[name])
+    program, history = passed(MODELS[name], f"sparsify{{pattern=block,keep=0.25,criterion={criterion}}}")
+    assert BLOCK_NOTE in [note for step in history.steps for note in step.notes]
+    changed = [key for key, weight in program.weights().items() if not torch.equal(weight, dense.weight(key))]
+    assert len(changed) == MATRICES[name]
+    for key in changed:
+        weight = program.weight(key)
+        # GPT-2 keeps its matrices the other way round.
+        weight = weight.T if name == "tiny_gpt2" else weight
+        blocks = (weight != 0).unflatten(1, (-1, 4)).sum(2)
+        assert set(blocks.unique().tolist()) <= {0, 4}
+        panels = [part for part in blocks.split(32)]
+        assert all((part == part[0]).all() for part in panels)
+        kept = torch.stack([part[0] > 0 for part in panels]).float().mean()
+        # Of six blocks of a panel two are kept, and of ten two.
+        assert float(kept) == pytest.approx(0.25, abs=0.09)
+
+
+def test_blocks_that_matter_least_go() -> None:
+    """By magnitude those with the least sum of squares, of all panels; by wanda with inputs as factors, within a panel."""
+    weight, scales = normal(64, 16), torch.tensor([1.0, 1.0, 8.0, 1.0]).repeat_interleave(4)
+    weight[:32] *= 100
+    rows = torch.eye(16) * scales
+    found = wanda(weight, moments_of(rows), Blocks(0.25))
+    blocks = (found != 0).unflatten(1, (-1, 4)).any(2).unflatten(0, (2, 32)).any(1)
+    assert blocks.tolist() == [[False, False, True, False]] * 2
+
+
+def test_sparsegpt_compensates_for_blocks() -> None:
+    """What stays is what optimal brain surgeon gives for the same zeros."""
+    mixing = normal(16, 16, seed=2)
+    weight, rows = normal(64, 16), normal(60, 16, seed=1) @ mixing
+    found = sparsegpt(weight, moments_of(rows), Blocks(0.5), damping=0.01, block_size=8)
+    # Sums of products of order 1 in float32, through an inverse of condition 1e3.
+    torch.testing.assert_close(found.double(), obs(weight, rows, found == 0, damping=0.01), rtol=1e-3, atol=1e-3)
+    assert float((found == 0).float().mean()) == 0.5
+
+
+def test_blocks_by_amounts_and_what_they_refuse() -> None:
+    program, history = passed(tiny_bert, 'sparsify{pattern=block,amounts="*.query=0.5"}')
+    assert zeros(program, "encoder.layer.0.attention.self.query.weight") == 0.5
+    assert zeros(program, "encoder.layer.0.attention.self.key.weight") == 0
+    assert "pattern=block" in (history.steps[-1].per_site or "")
+    with pytest.raises(UnsupportedError, match="block_size= in multiples of the 4 of its pattern, not 6"):
+        Sparsify(pattern="block", criterion="sparsegpt", block_size=6)
+    _, history = rewrite(Sparsify(pattern="block", keep=0.5, lm_head=True), seeded(lambda: nn.Linear(6, 8)), normal(2, 6))
+    assert "its 6 input features are no multiple of 4" in history.steps[1].summary
