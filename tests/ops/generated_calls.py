@@ -15,13 +15,11 @@ import os
 import random
 import resource
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lissom.errors import LissomError
 from lissom.ops.block_sparse_linear import (
     BLOCK,
     block_sparse_linear_reference,
@@ -36,13 +34,11 @@ from lissom.ops.native import kernel_dtypes, load_kernels
 from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
 from lissom.ops.quantized_linear import fill_panels, pack_bytes, pack_groups, quantized_linear_reference
 from lissom.ops.weight_quantized_linear import FORMS, pack_blocks, pack_stored, weight_quantized_linear_reference
+from tests.ops.calls import Call, Value, said, spoil
 from tests.ops.patterns import PATTERNS, layout_of, slots_and_rows
-from tests.ops.unreadable import is_gone, unaligned, without_storage
+from tests.ops.unreadable import is_gone
 
-Value = torch.Tensor | int | float | bool | str | list[int] | None
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "squared_relu")
-HUGE = (2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -1, -(2**31), -(2**63))
-REFUSALS = (RuntimeError, ValueError, IndexError, LissomError)
 # float32: sums in another order, and exponentials good to 2e-7.  bfloat16: the reference also rounds what is between two
 # operators, 8 bits each of numbers up to the largest; a norm divides these by a deviation that may be small.
 ALLOWED = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
@@ -51,33 +47,6 @@ _NORM = 10
 # Limits of the kernels alone: other dtypes, sizes of 32 bits, memory they cannot read, numbers they do not compute with.
 OF_KERNELS = ("kernels compute in", "must be from 0 to", "clone it", "must be finite", "allocate memory", "zero point of x is")
 OF_SCHEMAS = ("Expected a value of type", "value cannot be converted to type")
-
-
-@dataclass
-class Call:
-    """An operator of ours, its reference, and operands and options by name."""
-
-    name: str
-    reference: Callable[..., torch.Tensor]
-    operands: dict[str, Value]
-    options: dict[str, Value]
-
-    def run(self, function: Callable[..., torch.Tensor]) -> torch.Tensor | Exception:
-        """The result, or the error that refuses the call; any other error ends the run."""
-        try:
-            return function(*self.operands.values(), **self.options)
-        except REFUSALS as error:
-            return error
-
-    def __str__(self) -> str:
-        said = [f"{name}={_said(value)}" for name, value in {**self.operands, **self.options}.items()]
-        return f"{self.name}({', '.join(said)})"
-
-
-def _said(value: Value) -> str:
-    if not isinstance(value, torch.Tensor):
-        return repr(value)
-    return f"<{list(value.shape)} {value.dtype} strides {list(value.stride())}>".replace("torch.", "")
 
 
 class Generator:
@@ -95,7 +64,7 @@ class Generator:
         call = self.random.choice(self.makers)()
         spoilt = self.random.random() < 0.7
         for _ in range(self.random.choice([1, 1, 2, 3]) if spoilt else 0):
-            self.spoil(call)
+            spoil(call, self.random)
         return call, spoilt
 
     def numbers(self, *sizes: int, dtype: torch.dtype) -> torch.Tensor:
@@ -302,58 +271,6 @@ class Generator:
         operands |= {name: self.numbers(*sizes, angles, dtype=dtype) for name in ("cos", "sin")}
         return Call("fused_rotary", fused_rotary_reference, operands, {"interleaved": self.random.random() < 0.5})
 
-    def spoil(self, call: Call) -> None:
-        """Change one operand or option."""
-        place = self.random.choice([call.operands, call.operands, call.options])
-        name = self.random.choice(list(place))
-        value = place[name]
-        if isinstance(value, torch.Tensor):
-            place[name] = self.spoilt_tensor(value)
-        elif isinstance(value, bool):
-            place[name] = not value
-        elif isinstance(value, int):
-            place[name] = self.random.choice([value + 1, value - 1, value * 2, 0, *HUGE])
-        elif isinstance(value, float):
-            place[name] = self.random.choice([0.0, torch.nan, torch.inf, -torch.inf, 1e300])
-        elif isinstance(value, str):
-            place[name] = self.random.choice(["", "other", "int8", "uint4", "mul", "none"])
-        elif isinstance(value, list):
-            at = self.random.randrange(max(len(value), 1))
-            place[name] = value[:at] + self.random.choice([[], [self.random.choice([0, 1, -2, *HUGE])]]) + value[at + 1 :]
-        else:
-            place[name] = self.random.choice([torch.randn(3), torch.randn(()), torch.randn(1, 1, 2, 2), torch.ones(2, 3) > 0])
-
-    def spoilt_tensor(self, value: torch.Tensor) -> Value:
-        """Another tensor, or this one where it has no storage or is huge: PyTorch's own operators fail there."""
-        if value.layout != torch.strided or value.is_meta or is_gone(value) or max(value.shape, default=0) > 2**20:
-            return value
-        dim = self.random.randrange(value.dim()) if value.dim() else 0
-        dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int32, torch.bool)
-        changes: list[Callable[[], Value]] = [
-            lambda: value.to(self.random.choice([*dtypes, torch.int64, torch.complex64])),
-            lambda: value.narrow(dim, 0, max(value.shape[dim] - 1, 0)) if value.dim() else value,
-            lambda: torch.cat([value, value], dim) if value.dim() else value,
-            lambda: value.flatten(),
-            lambda: value.unsqueeze(dim),
-            lambda: value.select(dim, 0) if value.dim() and value.shape[dim] else value,
-            lambda: value.transpose(0, -1) if value.dim() else value,
-            lambda: value.new_empty(*value.shape[:dim], 0, *value.shape[dim + 1 :]),
-            lambda: value.new_zeros(()).expand(value.shape),
-            lambda: value.new_zeros(()).expand(*value.shape[:dim], 2**40, *value.shape[dim + 1 :]),
-            lambda: value.new_empty((0, 2**40)),
-            lambda: value.repeat_interleave(2, dim).narrow(dim, 0, value.shape[dim]) if value.dim() else value,
-            lambda: value.clone().fill_(self.random.choice([-1, 32, 127])),
-            lambda: value.clone().as_strided(value.shape, [self.random.choice([0, 0, 1])] * value.dim()),
-            lambda: without_storage(value),
-            lambda: unaligned(value),
-            lambda: value.to("meta"),
-            lambda: value.to_sparse() if value.dim() else value,
-        ]
-        try:
-            return self.random.choice(changes)()
-        except RuntimeError:  # of a tensor that was spoilt before
-            return value
-
 
 def fault_of(call: Call, spoilt: bool) -> str | None:
     """What is wrong with what a call does, or None. The reference is asked where it does not take terabytes."""
@@ -381,12 +298,12 @@ def fault_of(call: Call, spoilt: bool) -> str | None:
 
 
 def _outcome(found: torch.Tensor | Exception) -> str:
-    return _said(found) if isinstance(found, torch.Tensor) else f"{type(found).__name__}: {found}"
+    return said(found) if isinstance(found, torch.Tensor) else f"{type(found).__name__}: {found}"
 
 
 def _difference(call: Call, found: torch.Tensor, wanted: torch.Tensor) -> str | None:
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
-        return f"the kernel gives {_said(found)}, and the reference {_said(wanted)}"
+        return f"the kernel gives {said(found)}, and the reference {said(wanted)}"
     if found.numel() == 0:
         return None
     one, another = found.double(), wanted.double()
