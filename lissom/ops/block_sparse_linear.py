@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lissom.ops.checks import check_exact, require
+from lissom.ops.dimensions import Dimensions
 from lissom.ops.epilogue import PANEL, LinearForm
 from lissom.ops.packed_linear import product as dense_product
 from lissom.ops.quantized_linear import check as check_dense_quantized
@@ -106,7 +107,11 @@ def _quantized_product(x: torch.Tensor, *operands: Any, features: int, granulari
 
 _BLOCK_OPERANDS = ("Tensor weight", "Tensor places", "Tensor ends")
 _SCALES = ("Tensor scale", "Tensor sums", "Tensor? x_scale=None", "Tensor? x_zero_point=None")
-_FORM = LinearForm("block_sparse_linear", _BLOCK_OPERANDS, "", _check, _product)
+_DIMENSIONS = Dimensions(
+    "... k, !stored !a !b, _ -> ... n : ... stored a b | ... k, !stored !a !b !c, _ -> ... n : ... stored a b c"
+)
+"""Each row is multiplied by the blocks that are stored, of two or three dimensions."""
+_FORM = LinearForm("block_sparse_linear", _BLOCK_OPERANDS, "", _check, _product, _DIMENSIONS)
 _FORM.define()
 block_sparse_linear_reference = _FORM.reference
 _QUANTIZED = LinearForm(
@@ -115,6 +120,7 @@ _QUANTIZED = LinearForm(
     'str granularity="token"',
     _check_quantized,
     _quantized_product,
+    _DIMENSIONS,
 )
 _QUANTIZED.define()
 block_sparse_quantized_linear_reference = _QUANTIZED.reference

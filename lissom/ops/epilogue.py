@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from lissom.ops.checks import cast, check_floats, require
-from lissom.ops.dimensions import ROWS
+from lissom.ops.dimensions import ROWS, Dimensions
 from lissom.ops.library import define
 from lissom.ops.squared_relu import squared_relu_reference
 
@@ -50,6 +50,7 @@ class LinearForm:
         option: a further keyword argument, or empty.
         check: raises unless these operands fit x, called as `check(x, *stored, features=…, option=…)`.
         product: x Wᵀ + b, called as `product(x, *stored, bias, features=…, option=…)`.
+        dimensions: the declaration of both operators.
     """
 
     name: str
@@ -57,6 +58,7 @@ class LinearForm:
     option: str
     check: Callable[..., None]
     product: Callable[..., torch.Tensor]
+    dimensions: Dimensions = ROWS
 
     def define(self) -> None:
         """Define both operators."""
@@ -64,9 +66,9 @@ class LinearForm:
         keywords = ", ".join(filter(None, ("int features", self.option)))
         epilogue = 'str activation="none", str combine="add"'
         norm = "Tensor? norm_weight=None, Tensor? norm_bias=None"
-        define(f"{self.name}({operands}, *, {keywords}, {epilogue}) -> Tensor", self.reference, self.fake, dimensions=ROWS)
         normed = f"{self.name}_norm({operands}, {norm}, *, {keywords}, float eps) -> Tensor"
-        define(normed, self.reference, self.fake, dimensions=ROWS)
+        for schema in (f"{self.name}({operands}, *, {keywords}, {epilogue}) -> Tensor", normed):
+            define(schema, self.reference, self.fake, dimensions=self.dimensions)
 
     def reference(
         self,

@@ -13,7 +13,7 @@ from lissom.tuning.candidates import Candidate
 from lissom.tuning.corrections import USUAL, Factors, Features, PowerLaw, Ratios, fit_parts
 from lissom.tuning.costs import CostTable
 from lissom.tuning.losses import LossTable
-from lissom.tuning.sites import LOW_RANK, PLAIN, TABLE, UNTIED, Group, Option
+from lissom.tuning.sites import BLOCKS, LOW_RANK, PLAIN, TABLE, UNTIED, Group, Option
 from lissom.tuning.solve import Item, solve
 from lissom.tuning.spelling import read_options
 from lissom.tuning.trials import Trials
@@ -96,7 +96,7 @@ class Search:
             for scheme in dict.fromkeys(item.option.scheme for items in table for item in items):
                 choice = [_with_scheme(group, items, scheme) for group, items in zip(self.groups, table, strict=True)]
                 saving = sum(item.cost for item in choice)
-                if scheme not in (PLAIN, LOW_RANK) and not scheme.startswith(UNTIED) and saving < 0:
+                if scheme not in (PLAIN, LOW_RANK) and not scheme.startswith((BLOCKS, UNTIED)) and saving < 0:
                     loss = sum(item.loss for item in choice) + self.base_loss(variant)
                     uniform.append((saving + self.base_cost(variant), loss, variant, choice))
         least = min((entry[1] for entry in uniform), default=0.0)

@@ -18,6 +18,9 @@ from lissom.passes.sites import sites
 PLAIN = "none"
 LOW_RANK = "low-rank"
 """The form of linear layers as two factors with half of their bytes."""
+BLOCKS = "blocks"
+"""The form of linear layers that keep the blocks of weights that matter most."""
+BLOCKS_IN_INT8 = f"{BLOCKS}-int8-dynamic"
 TABLE, PATTERN, EXPERTS, CACHE = "table", "pattern", "experts", "cache"
 """The kinds of groups that are an embedding table or LM head, the visible keys of an attention, the experts of a mixture, and
 the whole KV cache."""
@@ -35,7 +38,8 @@ CACHES = ("cache-int8", "cache-int4")
 """The forms of a KV cache; keys are rotated before they are stored in four bits."""
 FRACTIONS = (0.75, 0.5, 0.25, 0.125)
 """The amounts of heads, neurons and experts that are tried, as fractions."""
-_LEAST_RANK = 64
+_LEAST_SIZE = 64
+"""Of a matrix that may become two factors or blocks."""
 _MULTIPLE = 16
 """Numbers of neurons are multiples of this where there are several times as many."""
 
@@ -213,7 +217,9 @@ class _Sites:
     def _add(self, group: Group, site: AmountSite) -> None:
         shape = self.shapes.get(site.path, (site.size, site.size))
         schemes = [scheme for scheme in SCHEMES if scheme in site.takes["quantize"]]
-        schemes += [LOW_RANK] if "low-rank" in site.takes and min(shape) >= _LEAST_RANK else []
+        if min(shape) >= _LEAST_SIZE:
+            schemes += [LOW_RANK] if "low-rank" in site.takes else []
+            schemes += [BLOCKS, BLOCKS_IN_INT8] if "2:4" in site.takes.get("sparsify", ()) and "int8-dynamic" in schemes else []
         before = group.schemes[1:] if group.linears else tuple(schemes)
         group.schemes = (PLAIN, *(scheme for scheme in before if scheme in schemes))
         group.linears.append(site.path)

@@ -291,6 +291,8 @@ def fault_of(call: Call, spoilt: bool) -> str | None:
         return f"the kernel gives {_outcome(found)}, and the reference {_outcome(wanted)}"
     with FakeTensorMode(allow_non_fake_inputs=True):
         declared = call.run(operator)
+    if isinstance(declared, Exception) and any(text in str(declared) for text in OF_SCHEMAS):
+        return None  # a scalar that is a tensor is taken for a number, but for a fake one
     if isinstance(declared, Exception) or (declared.shape, declared.dtype) != (found.shape, found.dtype):
         return f"the kernel gives {_outcome(found)}, and the fake kernel {_outcome(declared)}"
     # The reference has no use for sums of weights, and wrong ones give a wrong product.

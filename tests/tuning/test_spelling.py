@@ -7,7 +7,20 @@ import torch
 
 import lissom
 from lissom.frontends.generation.decoder import capture_decoder
-from lissom.tuning.sites import CACHE, EXPERTS, LOW_RANK, NO_LINEARS, PATTERN, TABLE, Group, Option, groups_of, linear_paths
+from lissom.tuning.sites import (
+    BLOCKS,
+    BLOCKS_IN_INT8,
+    CACHE,
+    EXPERTS,
+    LOW_RANK,
+    NO_LINEARS,
+    PATTERN,
+    TABLE,
+    Group,
+    Option,
+    groups_of,
+    linear_paths,
+)
 from lissom.tuning.spelling import pipeline_of, read_options
 from tests.support.decoders import decoder
 from tests.support.mixtures import program_of, samples
@@ -133,6 +146,19 @@ def test_factors_are_read_back():
     text = pipeline_of([group], [Option(8, LOW_RANK)], group.linears)
     assert text == 'low-rank{amounts="layer.up=0.5,layer.down=0.5"}'
     assert read_options([group], text) == [Option(8, LOW_RANK)]
+
+
+def test_blocks_are_read_back():
+    names = ["attention", "forward", "other"]
+    groups = [Group(name, "linear", linears=[f"{name}.up"], schemes=("none", BLOCKS, BLOCKS_IN_INT8)) for name in names]
+    options, linears = [Option(1, BLOCKS), Option(1, BLOCKS_IN_INT8), Option(1)], [f"{name}.up" for name in names]
+    text = pipeline_of(groups, options, linears)
+    assert text == (
+        'sparsify{pattern=block,criterion=sparsegpt,amounts="attention.up=0.4,forward.up=0.4"},'
+        'quantize{schemes="*=none,forward=int8-dynamic"}'
+    )
+    assert read_options(groups, text) == options
+    assert "sparsegpt" not in pipeline_of(groups, options, linears, fitted=False)
 
 
 def test_key_value_heads_are_pooled_only_with_all_heads():

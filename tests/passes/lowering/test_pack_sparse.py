@@ -10,6 +10,7 @@ from torch import nn
 
 import lissom
 from lissom.backends.eager.backend import Eager
+from lissom.compiler.analysis.cost import flops
 from lissom.ops import (
     block_sparse_linear,
     block_sparse_linear_norm,
@@ -17,7 +18,10 @@ from lissom.ops import (
     block_sparse_quantized_linear_norm,
     sparse_linear,
 )
+from lissom.ops.block_sparse_linear import BLOCK, nonzero_blocks
+from lissom.ops.epilogue import PANEL
 from lissom.ops.native import load_kernels
+from lissom.ops.packed_linear import pack
 from lissom.passes.lowering.pack_sparse import PackSparse
 from tests.ops.test_block_sparse_linear import with_zero_blocks
 from tests.ops.test_sparse_linear import two_in_four
@@ -147,6 +151,15 @@ def test_what_is_measured_slower_stays_dense() -> None:
     step = next(step for step in found.report.history.steps if step.spelling == "pack-sparse")
     assert step.summary == "rewrote 1" or "without zero blocks it takes" in step.summary
     assert calls(found.program, block_sparse_linear) == (step.summary == "rewrote 1")
+
+
+@needs_kernels
+def test_operations_of_stored_blocks_count() -> None:
+    model, rows = seeded(Wide), 4
+    program, _ = rewrite(PackSparse(always=True), model, normal(rows, 512))
+    assert calls(program, block_sparse_linear) == 1
+    stored = int(nonzero_blocks(pack(model.up.weight.detach())).sum())
+    assert flops(program) == 2 * rows * (stored * BLOCK * PANEL + model.down.weight.numel())
 
 
 @needs_kernels
