@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn import functional
 from torch.fx.node import map_aggregate
 
 from lissom.compiler.ir import node as nodes
@@ -42,6 +43,8 @@ from lissom.compiler.verify.divergence import (
     worst_error,
 )
 from lissom.compiler.verify.representatives import Representatives, representatives
+from lissom.ops import int8_product, quantize_rows
+from lissom.ops.epilogue import ACTIVATIONS
 
 aten = torch.ops.aten
 
@@ -123,6 +126,8 @@ def rounding_loss(program: Program, samples: Sequence[Sample], outputs: Sequence
         if _rounds(node, FAKE_QUANTIZES):
             node.replace_all_uses_with(nodes.operand(node))
             plain.graph.erase_node(node)
+        elif node.target is int8_product:
+            _multiply_before_quantization(plain.graph, node)
         elif node.target in INTEGER_PRODUCTS:
             _multiply_floats(plain.graph, node)
     return compare(run_samples(plain, samples), outputs).relative_error
@@ -151,6 +156,31 @@ def _multiply_floats(graph: fx.Graph, product: fx.Node) -> None:
             float_product = graph.call_function(aten.to.dtype, (float_product, scales[4]))
     product.replace_all_uses_with(float_product)
     graph.erase_node(product)
+
+
+def _multiply_before_quantization(graph: fx.Graph, product: fx.Node) -> None:
+    """Replace `int8_product` by its formula on the values before quantization."""
+    step = nodes.operand(product)
+    while step.target not in (quantize_rows, aten.round.default):
+        step = nodes.operand(step)
+    x = nodes.operand(step)
+    names = ("weight", "weight_scale", "bias", "other")
+    operands = [x if step.target is quantize_rows else Binary(x).left, *(nodes.argument(product, name) for name in names)]
+    with graph.inserting_before(product):
+        plain = graph.call_function(_float_product, tuple(operands), dict(product.kwargs))  # pyright: ignore[reportArgumentType]
+    product.replace_all_uses_with(plain)
+    graph.erase_node(product)
+
+
+def _float_product(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, other: torch.Tensor | None, *,
+    dtype: torch.dtype, activation: str = "none", combine: str = "add",
+) -> torch.Tensor:  # fmt: skip
+    matrix = weight.float() * scale[:, None]
+    y = ACTIVATIONS[activation](functional.linear(x.float(), matrix, None if bias is None else bias.float()))
+    if other is not None:
+        y = y * other.float() if combine == "mul" else y + other.float()
+    return y.to(dtype)
 
 
 def _stores_whole(node: fx.Node) -> bool:
