@@ -14,6 +14,7 @@ from lissom.compiler.ir import printer
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify import rounding
+from lissom.compiler.verify.rounding_loss import rounding_loss
 from lissom.compiler.verify.divergence import (
     TOLERANCE,
     answers,
@@ -142,7 +143,7 @@ def require_built(
         VerifyError: when it does not run, gives other outputs, or returns memory that it uses again.
     """
     samples, wanted, _ = run_original(program, samples)
-    rounded = rounding.SHARE * rounding.rounding_loss(program, samples, wanted) if rounding.rounds_values(program) else 0.0
+    rounded = rounding.SHARE * rounding_loss(program, samples, wanted) if rounding.rounds_values(program) else 0.0
     limits = [max(limit, allowed, rounded) for limit in tolerances(program)]
     worst = 0.0
     for sample, outputs in zip(samples, wanted, strict=True):

@@ -17,9 +17,9 @@ from lissom.compiler.verify.rounding import (
     differs_locally,
     local_errors,
     local_tolerances,
-    rounding_loss,
     rounds_values,
 )
+from lissom.compiler.verify.rounding_loss import rounding_loss
 from lissom.errors import VerifyError
 from lissom.ops.native import kernel_dtypes, multiplies_bfloat16
 from lissom.passes import PASSES

@@ -1,21 +1,21 @@
 """Lower quantized linear layers on CUDA devices to low-precision matrix products, with quantization in the graph.
 
-With Triton, to Lissom's own kernels, which take sizes of every kind, and groups and zero points of every kind:
+With Triton, to Lissom's own kernels, which take any sizes, groups and zero points:
 
     int8 on uint8   linear(Q/DQ(x), dequantize(W_q), b)  ->  int8_product(quantize_rows(x), W_q, s_w, Σ W_q, b)
     int4            linear(x, dequantize(W_q), b)        ->  int4_product(x, W_q, s_w, z_w, b)
 
-A layer of int8 is one kernel that quantizes its input, for all layers that read it, and one product, in which `fuse-epilogues` puts
-what follows. With static or per-tensor scales ordinary operators quantize. Without Triton, and for other formats, the products
-are PyTorch's:
+An int8 layer is one kernel that quantizes its input, for all layers that read it, and one product, into which `fuse-epilogues`
+fuses what follows. With static or per-tensor scales ordinary operators quantize the input. Without Triton, and for other
+formats, the products are PyTorch's:
 
     int8 on uint8   linear(Q/DQ(x), dequantize(W_q), b)  ->  (_int_mm(x_q - 128, W_qᵀ) - (z - 128) · Σ W_q) · s_x · s_w + b
     fp8 on fp8      linear(Q/DQ(x), dequantize(W_q), b)  ->  _scaled_mm(x_q, W_qᵀ, s_x, s_w) + b
     int4            linear(x, dequantize(W_q), b)        ->  _weight_int4pack_mm(x, W_q, s_w, z_w) + b
     int8            linear(x, dequantize(W_q), b)        ->  _weight_int8pack_mm(x, W_q, s_w) + b
 
-There ordinary operators quantize x to exactly the values of `lissom::fake_quantize` and `lissom::fake_quantize_dynamic`, once for all
-layers that read them. TorchInductor fuses these operators, and those after the product, into one kernel each; in eager PyTorch
+Ordinary operators then quantize x to exactly the values of `lissom::fake_quantize` and `lissom::fake_quantize_dynamic`, once for
+all layers that read them. TorchInductor fuses these operators, and those after the product, into one kernel each; in eager PyTorch
 each is a kernel of its own, in a CUDA graph. Sums of int8 products are exact. The requirements of the products are in PyTorch's
 sources, `aten/src/ATen/native/cuda`:
 
