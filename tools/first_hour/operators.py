@@ -24,10 +24,10 @@ from lissom.errors import UnsupportedError
 from lissom.ops import int4_product, int8_product, quantize_rows
 from lissom.ops.attention import attention, attention_reference
 from lissom.ops.block_sparse_attention import block_sparse_attention
+from lissom.ops.formats import pack_halves
 from lissom.ops.fused_rows import fused_rms_norm_reference
 from lissom.ops.grouped_product import grouped_product
 from lissom.ops.linear_attention import linear_attention, linear_attention_reference
-from lissom.ops.formats import pack_halves
 from lissom.ops.pattern import Condition, Pattern
 from lissom.ops.quantization import fake_quantize_dynamic, fake_quantize_dynamic_reference
 from lissom.ops.quantized_products import int4_product_reference, int8_product_reference, quantize_rows_reference
@@ -215,7 +215,7 @@ def sparse(pretend: bool) -> Iterator[Case]:
 
 
 def triton_kernels(pretend: bool) -> Iterator[Case]:
-    """Triton's kernels beside their references on the CPU: the integers exactly, products with a bias, GELU and a residual add."""
+    """Triton's kernels beside their references on the CPU: exact integers, and products with bias, GELU and residual."""
     missing = obstacle(torch.device("cuda"))
     if missing is not None:
         yield {"case": "Triton's kernels", "ok": True, "how": f"PyTorch's products: {missing}"}

@@ -14,7 +14,6 @@ from lissom.compiler.ir import printer
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify import rounding
-from lissom.compiler.verify.rounding_loss import rounding_loss
 from lissom.compiler.verify.divergence import (
     TOLERANCE,
     answers,
@@ -26,6 +25,7 @@ from lissom.compiler.verify.divergence import (
     tolerances,
     with_kept_form,
 )
+from lissom.compiler.verify.rounding_loss import rounding_loss
 from lissom.errors import VerifyError
 
 _ROUNDED_TWICE = {TOLERANCE[dtype]: 2 * error for dtype, error in rounding.ROUNDINGS.items()}

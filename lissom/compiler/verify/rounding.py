@@ -5,7 +5,7 @@ another order. All later values change with it, and the outputs of two correct p
 point, a deep model with few large values in its residual stream does the same gradually. So not only outputs are compared:
 
 - `local_errors` feeds every node of one program the values that its inputs have in the other. Then a single rounding counts.
-- `rounding_loss.rounding_loss` is the error of the outputs from all quantization. Two correct programs differ by at most some of it.
+- `rounding_loss` is the error of the outputs from all quantization. Two correct programs differ by at most some of it.
 """
 
 from __future__ import annotations

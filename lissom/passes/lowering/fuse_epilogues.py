@@ -84,8 +84,7 @@ def _fuse(edit: Editor, linear: fx.Node) -> fx.Node | None:
     plain = options.pop("activation", "none") == "none" and options.pop("combine", "add") == "add"
     if reader.target is aten.layer_norm.default and plain and _over_features(reader, options["features"]):
         norm = {f"norm_{name}": nodes.argument(reader, name) for name in ("weight", "bias")}
-        options["eps"] = nodes.argument(reader, "eps")
-        _replace(edit, linear, reader, {**operands, **norm}, options, normed)
+        _replace(edit, linear, reader, {**operands, **norm}, {**options, "eps": nodes.argument(reader, "eps")}, normed)
     return None
 
 

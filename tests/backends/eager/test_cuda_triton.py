@@ -20,6 +20,8 @@ from tests.support.cuda_models import BF16, LAYERS, LINEAR, MODELS, bert, on_cud
 from tests.support.harness import aten, calls
 
 pytestmark = [pytest.mark.gpu]
+
+
 @pytest.fixture(autouse=True)
 def triton(gpu: None) -> None:
     if not triton_kernels.has_kernels(torch.device("cuda")):
@@ -40,7 +42,9 @@ SCHEMES = {
 FEW = ("quantize", "quantize{scheme=int8-static}", f"{BF16}quantize{{scheme=int4-weight,group=4,symmetric=false}}")
 
 
-@pytest.mark.parametrize(("name", "passes"), [*(("llama", passes) for passes in SCHEMES), *(("bert", passes) for passes in FEW)])
+@pytest.mark.parametrize(
+    ("name", "passes"), [*(("llama", passes) for passes in SCHEMES), *(("bert", passes) for passes in FEW)]
+)
 def test_a_model_on_the_device_is_its_simulation_on_the_cpu(name: str, passes: str, tmp_path: Path) -> None:
     case = MODELS[name]()
     on_device = on_cuda(case)

@@ -14,10 +14,10 @@ formats, the products are PyTorch's:
     int4            linear(x, dequantize(W_q), b)        ->  _weight_int4pack_mm(x, W_q, s_w, z_w) + b
     int8            linear(x, dequantize(W_q), b)        ->  _weight_int8pack_mm(x, W_q, s_w) + b
 
-Ordinary operators then quantize x to exactly the values of `lissom::fake_quantize` and `lissom::fake_quantize_dynamic`, once for
-all layers that read them. TorchInductor fuses these operators, and those after the product, into one kernel each; in eager PyTorch
-each is a kernel of its own, in a CUDA graph. Sums of int8 products are exact. The requirements of the products are in PyTorch's
-sources, `aten/src/ATen/native/cuda`:
+Ordinary operators then quantize x to exactly the values of `lissom::fake_quantize` and `lissom::fake_quantize_dynamic`, once
+for all layers that read them. TorchInductor fuses these operators, and those after the product, into one kernel each; in eager
+PyTorch each is a kernel of its own, in a CUDA graph. Sums of int8 products are exact. The requirements of the products are in
+PyTorch's sources, `aten/src/ATen/native/cuda`:
 
 - `_int_mm` (`Blas.cpp`): sizes of the weight are multiples of 8, and more than 16 rows, so 32 rows of zeros are added.
 - `_scaled_mm` (`ScaledBlas.cpp`): multiples of 16. From compute capability 9.0 on it applies per-token scales itself to outputs
@@ -26,8 +26,8 @@ sources, `aten/src/ATen/native/cuda`:
 - `_weight_int8pack_mm` (`int8mm.cu`): any sizes, but up to PyTorch 2.13 one thread sums each output, without tensor cores. It
   is used where it is measured faster than the layer in floating point, at the sizes of the example.
 
-The pass comes after `fold-quantized-weights`. It was tested on CPUs, with a stand-in for the int4 product, and was not yet run
-on a CUDA device. Times on a CPU, whose low-precision products are slow, say nothing about one.
+The pass comes after `fold-quantized-weights`. It was tested on CPUs and a pretended GPU, and has not been run on a CUDA device
+yet. Times on a CPU, whose low-precision products are slow, say nothing about one.
 """
 
 from __future__ import annotations

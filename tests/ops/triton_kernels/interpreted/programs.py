@@ -14,6 +14,7 @@ from tests.support.cuda_models import LAYERS, LINEAR, MODELS, on_cuda, same_as
 from tests.support.models import Case
 from tools.pretend_cuda import pretend_cuda
 
+
 # The interpreter has no products of bfloat16: models with int4 weights are in float16.
 @pytest.mark.parametrize(
     ("name", "passes", "product", "half"),
