@@ -97,10 +97,10 @@ _NAMES: Mapping[str, str] = {
     "lissom": """
     attention block_sparse_attention block_sparse_linear block_sparse_linear_norm block_sparse_quantized_linear
     block_sparse_quantized_linear_norm change_basis dequantize fake_quantize fake_quantize_dynamic fused_attention
-    fused_layer_norm fused_rms_norm fused_rotary gated_delta_rule grouped_product linear_attention merged_attention
-    packed_embedding packed_linear packed_linear_norm quantized_linear quantized_linear_grouped quantized_linear_norm rotary
-    selective_scan sparse_linear squared_relu unpadded_attention weight_quantized_linear weight_quantized_linear_grouped
-    weight_quantized_linear_norm
+    fused_layer_norm fused_rms_norm fused_rotary gated_delta_rule grouped_product int4_product int8_product linear_attention
+    merged_attention packed_embedding packed_linear packed_linear_norm quantize_rows quantized_linear quantized_linear_grouped
+    quantized_linear_norm rotary selective_scan sparse_linear squared_relu unpadded_attention weight_quantized_linear
+    weight_quantized_linear_grouped weight_quantized_linear_norm
     """,
 }
 ALLOWED = frozenset(

@@ -37,7 +37,7 @@ from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.measure.machine import instruction_sets
 from lissom.passes.canonical.fold_constants import FoldConstants
-from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
+from lissom.passes.lowering.lower_quantized_products.lower_quantized_products import LowerQuantizedProducts
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
 PACKAGE, MADE_WITH = "model.pt2", "inductor.json"

@@ -39,6 +39,23 @@ def test_int4_product_is_that_of_the_dequantized_weight(signed: bool) -> None:
     torch.library.opcheck(int4_product, operands, {"signed": signed}, test_utils="test_faketensor")
 
 
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4), (2, 0, 4)])
+def test_leading_dimensions_are_rows(shape: tuple[int, ...]) -> None:
+    x, other = torch.randn(*shape, 6), torch.randn(*shape, 3)
+    weight, step = torch.randint(-128, 128, (3, 6), dtype=torch.int8), torch.rand(3)
+    rows, known = quantize_rows(x), quantize_rows(x.reshape(-1, 6))
+    for found, wanted in zip(rows, known, strict=True):
+        assert torch.equal(found, wanted.reshape(*shape, -1) if x.numel() else found)
+    grid = step, weight.sum(1, dtype=torch.int32), None
+    found = int8_product(rows[0], weight, *rows[1:], *grid, other, dtype=torch.float32)
+    wanted = int8_product(known[0], weight, *known[1:], *grid, other.reshape(-1, 3), dtype=torch.float32)
+    assert found.shape == (*shape, 3) and torch.equal(found, wanted.reshape(found.shape))
+    packed, scale = pack_halves(weight.clamp(-8, 7)), torch.rand(3, 2)
+    found = int4_product(x.half(), packed, scale, None, None, other.half(), signed=True)
+    wanted = int4_product(x.half().reshape(-1, 6), packed, scale, None, None, other.half().reshape(-1, 3), signed=True)
+    assert found.shape == (*shape, 3) and torch.equal(found, wanted.reshape(found.shape))
+
+
 def test_operands_that_do_not_fit_are_refused() -> None:
     q, scale, offset = quantize_rows(torch.randn(3, 8))
     weight, step, sums = torch.zeros(4, 8, dtype=torch.int8), torch.ones(4), torch.zeros(4, dtype=torch.int32)
@@ -46,6 +63,11 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         int8_product(q, weight, scale, offset, step[:3], sums, dtype=torch.float32)
     with pytest.raises(RuntimeError, match=r"the scale of q has the sizes \[2, 1\], and must have \[3, 1\]"):
         int8_product(q, weight, scale[:2], offset, step, sums, dtype=torch.float32)
+    turned = torch.ones(4, 1).expand(4, 2)
+    with pytest.raises(RuntimeError, match=r"the weight's scale has the strides \(1, 0\), and must be contiguous"):
+        int4_product(torch.randn(3, 8).half(), torch.zeros(4, 4, dtype=torch.uint8), turned, signed=True)
+    with pytest.raises(RuntimeError, match=r"the other operand has the sizes \[1, 4\], and must have \[3, 4\]"):
+        int8_product(q, weight, scale, offset, step, sums, None, torch.ones(1, 4), dtype=torch.float32)
     with pytest.raises(RuntimeError, match=r"x is of torch.float32, and must be of float16 or bfloat16"):
         int4_product(torch.randn(3, 8), torch.zeros(4, 4, dtype=torch.uint8), torch.ones(4, 1), signed=True)
 

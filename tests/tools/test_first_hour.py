@@ -156,7 +156,7 @@ def test_a_half_written_result_is_none(tmp_path) -> None:
     assert results.find("tests", "tests/a b.py") == results.of("tests")[0]
 
 
-@pytest.mark.parametrize("kind", ["int8", "attention", "sparse"])
+@pytest.mark.parametrize("kind", ["triton", "int8", "attention", "sparse"])
 def test_operators_are_right_on_the_pretended_gpu(kind: str) -> None:
     with device(pretend=True), torch.no_grad():
         found = list(cases(kind, pretend=True))

@@ -17,18 +17,23 @@ from torch import nn
 from torch.nn import functional
 
 import lissom
-from lissom.backends.simulated_layers import count_kernels
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import INTEGER_PRODUCTS, PACKED_PRODUCTS
 from lissom.compiler.verify.divergence import run_samples
 from lissom.errors import UnsupportedError
+from lissom.ops import int4_product, int8_product, quantize_rows
 from lissom.ops.attention import attention, attention_reference
 from lissom.ops.block_sparse_attention import block_sparse_attention
+from lissom.ops.formats import pack_halves
 from lissom.ops.fused_rows import fused_rms_norm_reference
 from lissom.ops.grouped_product import grouped_product
 from lissom.ops.linear_attention import linear_attention, linear_attention_reference
 from lissom.ops.pattern import Condition, Pattern
 from lissom.ops.quantization import fake_quantize_dynamic, fake_quantize_dynamic_reference
+from lissom.ops.quantized_products import int4_product_reference, int8_product_reference, quantize_rows_reference
 from lissom.ops.rotary import rotary_reference
 from lissom.ops.sparse_linear import pack, sparse_linear
+from lissom.ops.triton_kernels import obstacle
 from tools.first_hour.device import device
 
 LAYERS = ((768, 3072), (3072, 768), (2048, 8192), (8192, 2048), (832, 1000))
@@ -68,7 +73,8 @@ def _quantized_layer(name: str, scheme: str, dtype: torch.dtype, inputs: int, fe
     passes = f"quantize{{scheme={scheme},lm_head=true}}"
     simulated = lissom.optimize(layer, example, passes=passes, data=[example]).program
     fast = lissom.compile(layer, example, passes=passes, data=[example], goal=None)
-    how = "product in the scheme" if count_kernels(fast.program) else "simulated"
+    products = [node for node in fast.program.nodes(*INTEGER_PRODUCTS, *PACKED_PRODUCTS)]
+    how = nodes.overload(products[0]).name().partition("::")[2].partition(".")[0] if products else "simulated"
     for rows in ROWS:
         x = _normal(rows, inputs).to(dtype).cuda()
         ((wanted,),) = run_samples(simulated, [(x,)])
@@ -208,18 +214,70 @@ def sparse(pretend: bool) -> Iterator[Case]:
             )  # fmt: skip
 
 
+def triton_kernels(pretend: bool) -> Iterator[Case]:
+    """Triton's kernels beside their references on the CPU: exact integers, and products with bias, GELU and residual."""
+    missing = obstacle(torch.device("cuda"))
+    if missing is not None:
+        yield {"case": "Triton's kernels", "ok": True, "how": f"PyTorch's products: {missing}"}
+        return
+    for inputs, features in ((128, 72),) if pretend else (*LAYERS, (4096, 4096), (770, 331)):
+        for rows in ROWS:
+            for dtype in (torch.bfloat16, torch.float16):
+                name = f"{inputs}→{features} {_short(dtype)}, {rows} rows"
+                yield from guarded(f"int8 {name}", partial(_triton_int8, name, rows, inputs, features, dtype))
+                yield from guarded(f"int4 {name}", partial(_triton_int4, name, rows, inputs, features, dtype))
+
+
+def _triton_int8(name: str, rows: int, inputs: int, features: int, dtype: torch.dtype) -> Iterator[Case]:
+    x, other, bias = (_normal(*sizes).to(dtype) for sizes in ((rows, inputs), (rows, features), (features,)))
+    known = quantize_rows_reference(x)
+    found = quantize_rows(x.cuda())
+    wrong = sum(int((one.cpu() != wanted).sum()) for one, wanted in zip(found, known, strict=True))
+    yield _case(f"quantize_rows {name}", wrong, 0)
+    weight = _integers(-128, 128, features, inputs)
+    operands = [known[0], weight, *known[1:], _normal(features).abs() * 1e-3, weight.sum(1, dtype=torch.int32), bias, other]
+    yield _beside_reference(f"int8_product {name}", int8_product, int8_product_reference, operands, dtype, dtype=dtype)
+
+
+def _triton_int4(name: str, rows: int, inputs: int, features: int, dtype: torch.dtype) -> Iterator[Case]:
+    x, other, bias = (_normal(*sizes).to(dtype) for sizes in ((rows, inputs), (rows, features), (features,)))
+    for signed in (True, False):
+        weight = pack_halves(_integers(-8, 8, features, inputs) if signed else _integers(0, 16, features, inputs))
+        groups = inputs // 64 if inputs % 64 == 0 else 1
+        zero_point = None if signed else _integers(0, 16, features, groups).to(torch.uint8)
+        operands = [x, weight, _normal(features, groups).abs() * 1e-2, zero_point, bias, other]
+        title = f"int4_product {name}{'' if signed else ' with zero points'}"
+        yield _beside_reference(title, int4_product, int4_product_reference, operands, dtype, signed=signed)
+
+
+def _integers(low: int, high: int, *sizes: int) -> torch.Tensor:
+    return torch.randint(low, high, sizes, generator=torch.Generator().manual_seed(sum(sizes)), dtype=torch.int8)
+
+
+def _beside_reference(
+    name: str, call: Call, reference: Call, operands: list[torch.Tensor | None], allowed: torch.dtype, **options: object
+) -> Case:
+    options |= {"activation": "gelu"}
+    wanted = reference(*operands, **options)
+    found = call(*(item if item is None else item.cuda() for item in operands), **options)
+    return _case(name, _error(found, wanted), ALLOWED[allowed])
+
+
+KINDS = {"attention": attentions, "rows": rows_of, "sparse": sparse, "triton": triton_kernels}
+
+
 def cases(kind: str, pretend: bool) -> Iterator[Case]:
     """All cases of a kind."""
     if kind in SCHEMES:
         yield from quantized_layers(kind, pretend)
         return
-    yield from {"attention": attentions, "rows": rows_of, "sparse": sparse}[kind](pretend)
+    yield from KINDS[kind](pretend)
 
 
 def main() -> None:
     """Check a kind of operators."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("kind", choices=[*SCHEMES, "attention", "rows", "sparse"])
+    parser.add_argument("kind", choices=[*SCHEMES, *KINDS])
     parser.add_argument("--pretend", action="store_true")
     options = parser.parse_args()
     with device(options.pretend), torch.no_grad():

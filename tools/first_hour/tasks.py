@@ -61,7 +61,7 @@ def _environment(pretend: bool) -> list[Task]:
 
 def _operators(pretend: bool) -> list[Task]:
     # Compiling kernels of Triton may take a minute; each kind has a process of its own, so that a fault of one ends no other.
-    kinds = ("int8", "fp8", "int4", "attention", "rows", "sparse")
+    kinds = ("triton", "int8", "fp8", "int4", "attention", "rows", "sparse")
     return [Task(kind, _own("operators", kind, *_with_device(pretend)), 60 if pretend else 90) for kind in kinds]
 
 

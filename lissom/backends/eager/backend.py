@@ -32,6 +32,7 @@ from lissom.inspect.hot_layers import LayerTimes, layer_times
 from lissom.measure.machine import Machine
 from lissom.ops import KERNELS
 from lissom.ops.native import load_kernels, one_call
+from lissom.ops.triton_kernels import has_kernels
 from lissom.passes.canonical.fold_constants import FoldConstants
 from lissom.passes.lowering.fuse_attention import FuseAttention
 from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
@@ -39,7 +40,7 @@ from lissom.passes.lowering.fuse_merged_attention import FuseMergedAttention
 from lissom.passes.lowering.fuse_norm import FuseNorm
 from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.fuse_unpadded_attention import FuseUnpaddedAttention
-from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
+from lissom.passes.lowering.lower_quantized_products.lower_quantized_products import LowerQuantizedProducts
 from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
@@ -61,8 +62,10 @@ class Eager(Backend):
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
         if device.type == "cuda":
-            products = (PackSparse(), FoldQuantizedWeights(), LowerQuantizedProducts())
-            return (FoldConstants(shared=True), LowerSparseAttention(), *products, WriteStateInPlace())
+            triton = has_kernels(device)
+            products = (PackSparse(), FoldQuantizedWeights(), LowerQuantizedProducts(triton=triton))
+            epilogues = (FuseEpilogues(),) if triton else ()
+            return (FoldConstants(shared=True), LowerSparseAttention(), *products, *epilogues, WriteStateInPlace())
         if device.type != "cpu":
             return (FoldConstants(shared=True), WriteStateInPlace())
         # Without kernels the later passes say why; merged projections would then be read as strided slices.

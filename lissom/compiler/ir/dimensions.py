@@ -383,7 +383,7 @@ ATEN: Mapping[object, Dimensions] = {
     aten._int_mm.default: Dimensions("m k, k n -> m n : m n k"),
     aten._scaled_mm.default: Dimensions("m k, k n, _ -> m n : m n k"),
     aten._grouped_mm.default: Dimensions("rows k, groups k n, _ -> rows n : rows k n"),
-    **dict.fromkeys(families.PACKED_PRODUCTS, ROWS),
+    **dict.fromkeys((aten._weight_int4pack_mm.default, aten._weight_int8pack_mm.default), ROWS),
     aten.embedding.default: Dimensions("!rows f, ... -> ... f", factors=("weight",)),
     aten.scaled_dot_product_attention.default: Dimensions(
         f"... q d, ... t d, ... t v, ~... q t -> ... q v {_ATTENDS}"

@@ -210,10 +210,10 @@ GROUPED_PRODUCTS = (grouped_product,)
 """Products of rows with the matrix of their group, out of a stack [groups, in_features, out_features]."""
 BASES = (ops.change_basis,)
 """Products that give features another basis."""
-INTEGER_PRODUCTS = (aten._int_mm.default, aten._scaled_mm.default)
-"""PyTorch's products of quantized matrices."""
-PACKED_PRODUCTS = (aten._weight_int4pack_mm.default, aten._weight_int8pack_mm.default)
-"""PyTorch's products with a quantized weight."""
+INTEGER_PRODUCTS = (aten._int_mm.default, aten._scaled_mm.default, ops.int8_product)
+"""Products of quantized matrices on CUDA devices."""
+PACKED_PRODUCTS = (aten._weight_int4pack_mm.default, aten._weight_int8pack_mm.default, ops.int4_product)
+"""Products with a quantized weight on CUDA devices."""
 INT8_LINEARS = (
     *(ops.quantized_linear, ops.quantized_linear_grouped, ops.quantized_linear_norm),
     *(ops.block_sparse_quantized_linear, ops.block_sparse_quantized_linear_norm),

@@ -25,6 +25,7 @@ from lissom.compiler.verify.divergence import (
     tolerances,
     with_kept_form,
 )
+from lissom.compiler.verify.rounding_loss import rounding_loss
 from lissom.errors import VerifyError
 
 _ROUNDED_TWICE = {TOLERANCE[dtype]: 2 * error for dtype, error in rounding.ROUNDINGS.items()}
@@ -142,7 +143,7 @@ def require_built(
         VerifyError: when it does not run, gives other outputs, or returns memory that it uses again.
     """
     samples, wanted, _ = run_original(program, samples)
-    rounded = rounding.SHARE * rounding.rounding_loss(program, samples, wanted) if rounding.rounds_values(program) else 0.0
+    rounded = rounding.SHARE * rounding_loss(program, samples, wanted) if rounding.rounds_values(program) else 0.0
     limits = [max(limit, allowed, rounded) for limit in tolerances(program)]
     worst = 0.0
     for sample, outputs in zip(samples, wanted, strict=True):

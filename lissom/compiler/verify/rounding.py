@@ -21,12 +21,10 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.calls import Binary
 from lissom.compiler.ir.interpreter import REFUSALS, call
 from lissom.compiler.ir.operators import FAKE_QUANTIZES, INT8_LINEARS, INTEGER_PRODUCTS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.ir.view_calls import Cast
 from lissom.compiler.paging import spill
 from lissom.compiler.verify.divergence import (
     LOCAL_TOLERANCE,
@@ -111,46 +109,6 @@ def differs_locally(before: Program, after: Program, samples: Sequence[Sample], 
     chosen = representatives(before, after)
     # A layer that is cut out may read values that only `after` has.
     return differs(chosen) and (chosen is None or differs(None))
-
-
-def rounding_loss(program: Program, samples: Sequence[Sample], outputs: Sequence[Sequence[object]]) -> float:
-    """The relative error of a program's outputs against those without quantization of activations.
-
-    Our kernels that quantize internally stay as they are.
-    """
-    plain = program.copy()
-    for node in plain.nodes():
-        if _rounds(node, FAKE_QUANTIZES):
-            node.replace_all_uses_with(nodes.operand(node))
-            plain.graph.erase_node(node)
-        elif node.target in INTEGER_PRODUCTS:
-            _multiply_floats(plain.graph, node)
-    return compare(run_samples(plain, samples), outputs).relative_error
-
-
-def _multiply_floats(graph: fx.Graph, product: fx.Node) -> None:
-    """Replace a product of quantized values by one of the values before quantization, on the same scale."""
-    q, weight, *scales = product.args
-    cast = nodes.operand(product)
-    while cast.target is not aten.to.dtype:
-        cast = nodes.operand(cast)
-    if Cast(cast).dtype is not torch.float32:
-        value = nodes.operand(Cast(cast).x)  # before it is clamped
-        if nodes.is_call(value, aten.add.Tensor) and nodes.is_call(rounded := Binary(value).left, aten.round.default):
-            with graph.inserting_before(cast):
-                value = graph.call_function(aten.add.Tensor, (nodes.operand(rounded), Binary(value).right))
-        cast.args = value, torch.float32
-    with graph.inserting_before(product):
-        weight = graph.call_function(aten.to.dtype, (weight, torch.float32))
-        if scales:
-            q, weight = (graph.call_function(aten.mul.Tensor, pair) for pair in ((q, scales[0]), (weight, scales[1])))
-        float_product = graph.call_function(aten.matmul.default, (q, weight))
-        if scales and scales[2] is not None:
-            float_product = graph.call_function(aten.add.Tensor, (float_product, scales[2]))
-        if scales:
-            float_product = graph.call_function(aten.to.dtype, (float_product, scales[4]))
-    product.replace_all_uses_with(float_product)
-    graph.erase_node(product)
 
 
 def _stores_whole(node: fx.Node) -> bool:

@@ -1,7 +1,8 @@
 """Fuse what follows a packed linear layer into its kernel: an activation, a sum or product with another value, a layer norm.
 
 Shown for `lissom::packed_linear`; the same holds for `lissom::quantized_linear`, `lissom::weight_quantized_linear`, and
-those with a weight of which blocks are zero:
+those with a weight of which blocks are zero. `lissom::int8_product` and `lissom::int4_product` on CUDA devices take all but
+the norm:
 
     activation(packed_linear(x))           ->  packed_linear(x, activation=…)    relu, squared_relu, gelu or silu
     packed_linear(x) + other, … · other    ->  packed_linear(x, other, combine=…)
@@ -26,6 +27,7 @@ from lissom.compiler.ir.calls import Norm
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import only_user, other_argument
 from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.ops import int4_product, int8_product
 from lissom.ops.block_sparse_linear import (
     block_sparse_linear,
     block_sparse_linear_norm,
@@ -38,14 +40,16 @@ from lissom.ops.weight_quantized_linear import weight_quantized_linear, weight_q
 
 aten = torch.ops.aten
 
-_NORMED: dict[object, torch._ops.OpOverload] = {
+_NORMED: dict[object, torch._ops.OpOverload | None] = {
     packed_linear: packed_linear_norm,
     quantized_linear: quantized_linear_norm,
     weight_quantized_linear: weight_quantized_linear_norm,
     block_sparse_linear: block_sparse_linear_norm,
     block_sparse_quantized_linear: block_sparse_quantized_linear_norm,
+    int8_product: None,
+    int4_product: None,
 }
-"""The operators whose kernels take epilogues, each with its variant that ends in a layer norm."""
+"""The operators whose kernels take epilogues, each with its variant that ends in a layer norm, if it has one."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,13 @@ def _fuse(edit: Editor, linear: fx.Node) -> fx.Node | None:
         if value is not linear and fake.same_type(edit.program.fake_mode, *types):
             combine = "mul" if reader.target is aten.mul.Tensor else "add"
             return _replace(edit, linear, reader, {**operands, "other": value}, {**options, "combine": combine})
+    normed = _NORMED[linear.target]
+    if normed is None:
+        return None
     plain = options.pop("activation", "none") == "none" and options.pop("combine", "add") == "add"
     if reader.target is aten.layer_norm.default and plain and _over_features(reader, options["features"]):
         norm = {f"norm_{name}": nodes.argument(reader, name) for name in ("weight", "bias")}
-        _replace(edit, linear, reader, {**operands, **norm}, {**options, "eps": nodes.argument(reader, "eps")})
+        _replace(edit, linear, reader, {**operands, **norm}, {**options, "eps": nodes.argument(reader, "eps")}, normed)
     return None
 
 
@@ -87,11 +94,17 @@ def _operands(linear: fx.Node) -> dict[str, object]:
     return {parameter.name: nodes.argument(linear, parameter.name) for parameter in parameters if not parameter.kwarg_only}
 
 
-def _replace(edit: Editor, linear: fx.Node, reader: fx.Node, operands: dict[str, object], options: dict[str, Any]) -> fx.Node:
+def _replace(
+    edit: Editor,
+    linear: fx.Node,
+    reader: fx.Node,
+    operands: dict[str, object],
+    options: dict[str, Any],
+    normed: torch._ops.OpOverload | None = None,
+) -> fx.Node:
     """Replace the reader with the layer's kernel, or its variant with a norm."""
-    target = _NORMED[linear.target] if "eps" in options else nodes.overload(linear)
     with edit.before(reader, like=[linear]):
-        call = edit.call(target, *operands.values(), **options)
+        call = edit.call(normed or nodes.overload(linear), *operands.values(), **options)
     edit.replace(reader, call)
     return call
 

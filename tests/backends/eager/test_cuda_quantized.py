@@ -1,6 +1,8 @@
-"""Quantized layers on a CUDA device, on PyTorch's own products of short formats, beside the program that simulates them."""
+"""Quantized layers on a CUDA device, on Lissom's kernels and PyTorch's products, beside the program that simulates them."""
 
 from __future__ import annotations
+
+import importlib.util
 
 import pytest
 import torch
@@ -9,9 +11,13 @@ import transformers
 import lissom
 from lissom.backends.simulated_layers import count_kernels
 from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
-from lissom.compiler.verify.rounding import SHARE, rounding_loss
+from lissom.compiler.verify.rounding import SHARE
+from lissom.compiler.verify.rounding_loss import rounding_loss
+from lissom.ops import int4_product, int8_product
 from lissom.ops.quantization import dequantize
-from lissom.passes.lowering.lower_quantized_products import capability, tiles
+from lissom.ops.triton_kernels import has_kernels
+from lissom.passes.lowering.lower_quantized_products.lower_quantized_products import capability
+from lissom.passes.lowering.lower_quantized_products.stored_weights import tiles
 from tests.support.harness import aten, calls
 from tests.support.models import Case, seeded, tokens
 
@@ -41,9 +47,24 @@ def bert() -> Case:
     return Case(seeded(lambda: transformers.BertModel(config, add_pooling_layer=False)).cuda(), {"input_ids": ids.cuda()})
 
 
+TRITON = {aten._int_mm.default: int8_product, aten._weight_int4pack_mm.default: int4_product}
+"""What replaces these in `eager` where Triton is installed."""
+
+
+@pytest.fixture(params=["triton", "pytorch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whose kernels there are for int8 and int4."""
+    if request.param == "triton" and not has_kernels(torch.device("cuda")):
+        pytest.skip("needs Triton: pip install lissom[triton]")
+    if request.param == "pytorch":
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest))
+    return request.param
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("passes", PRODUCTS)
-def test_a_quantized_encoder_is_what_its_simulation_is(passes: str, backend: str) -> None:
+def test_a_quantized_encoder_is_what_its_simulation_is(passes: str, backend: str, kernels: str) -> None:
     device = torch.device("cuda")
     if "fp8" in passes and (capability(device) or (0, 0)) < (8, 9):
         pytest.skip("products of fp8 need compute capability 8.9")
@@ -52,7 +73,10 @@ def test_a_quantized_encoder_is_what_its_simulation_is(passes: str, backend: str
     fast = lissom.compile(
         case.model, case.inputs, passes=passes, data=[case.inputs], backend=backend, goal=None
     )  # fmt: skip
-    assert calls(fast.program, PRODUCTS[passes]) == count_kernels(fast.program) == LAYERS * LINEAR
+    product = PRODUCTS[passes]
+    if (kernels, backend) == ("triton", "eager"):
+        product = TRITON.get(product, product)
+    assert calls(fast.program, product) == count_kernels(fast.program) == LAYERS * LINEAR
     assert calls(fast.program, dequantize) == 0
     told = f"{LAYERS * LINEAR} of {LAYERS * LINEAR} quantized layers run in integers"
     assert any(told in note for note in fast.report.history.steps[-1].notes)
@@ -89,6 +113,6 @@ def test_weights_of_eight_bits_are_measured_on_it() -> None:
     case = bert()
     passes = "quantize{scheme=int8-weight}"
     fast = lissom.compile(case.model, case.inputs, passes=passes, simulate=True, goal=None)
-    step = next(item for item in fast.report.history.steps if item.spelling == "lower-quantized-products")
+    step = next(item for item in fast.report.history.steps if item.spelling.startswith("lower-quantized-products"))
     assert step.rewritten + len(step.skipped) == LAYERS * LINEAR
     assert all(skip.reason.startswith("with int8 weights it takes") for skip in step.skipped)

@@ -15,7 +15,8 @@ from lissom.backends.onnx import integer_matmul
 from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.backends.simulated_layers import simulated_layers
 from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
-from lissom.compiler.verify.rounding import SHARE, rounding_loss
+from lissom.compiler.verify.rounding import SHARE
+from lissom.compiler.verify.rounding_loss import rounding_loss
 from lissom.errors import UnsupportedError
 from tests.support import captures
 from tests.support.models import normal, seeded, tiny_bert

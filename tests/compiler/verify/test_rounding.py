@@ -17,9 +17,9 @@ from lissom.compiler.verify.rounding import (
     differs_locally,
     local_errors,
     local_tolerances,
-    rounding_loss,
     rounds_values,
 )
+from lissom.compiler.verify.rounding_loss import rounding_loss
 from lissom.errors import VerifyError
 from lissom.ops.native import kernel_dtypes, multiplies_bfloat16
 from lissom.passes import PASSES
@@ -153,12 +153,22 @@ def test_loss_of_rounding_is_that_to_program_without() -> None:
     assert rounding_loss(program, [sample], [outputs]) == pytest.approx(wanted, rel=1e-3)
 
 
-@pytest.mark.parametrize("quantize", ["quantize", "quantize{activations=tensor}", "cast{dtype=bf16},quantize{scheme=fp8}"])
-def test_operators_rounding_loss_is_that_of_replaced_nodes(quantize: str) -> None:
+@pytest.mark.parametrize(
+    ("quantize", "options"),
+    [
+        ("quantize", ""),
+        ("quantize{activations=tensor}", ""),
+        ("cast{dtype=bf16},quantize{scheme=fp8}", ""),
+        ("quantize", ",triton=true"),
+        ("quantize{activations=tensor}", ",triton=true"),
+    ],
+)
+def test_operators_rounding_loss_is_that_of_replaced_nodes(quantize: str, options: str) -> None:
     case = tiny_bert()
     passes = f"{quantize},fold-quantized-weights"
     before = captures.optimize(case.model, case.inputs, passes=passes).program
-    after = captures.optimize(case.model, case.inputs, passes=f"{passes},lower-quantized-products{{always=true}}").program
+    lower = f"lower-quantized-products{{always=true{options}}},fuse-epilogues"
+    after = captures.optimize(case.model, case.inputs, passes=f"{passes},{lower}").program
     sample = before.signature.flatten((), case.kwargs)
     assert rounds_values(after)
     with torch.no_grad():

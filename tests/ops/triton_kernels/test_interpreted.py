@@ -37,3 +37,12 @@ def test_kernel_equals_its_reference(name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_kernel_equals_its_reference_in_many_calls(name: str) -> None:
     interpret(name, 500)
+
+
+def test_programs_equal_their_simulation() -> None:
+    interpret("programs", 1)
+
+
+@pytest.mark.slow
+def test_minilm_equals_its_simulation() -> None:
+    interpret("minilm", 1)

@@ -23,8 +23,8 @@ from lissom.compiler.verify.rounding import differs_locally
 from lissom.ops import formats
 from lissom.ops.formats import FORMATS
 from lissom.ops.quantization import dynamic_scale, fake_quantize, fake_quantize_dynamic
-from lissom.passes.lowering import lower_quantized_products
-from lissom.passes.lowering.lower_quantized_products import per_feature, tile_grid
+from lissom.passes.lowering.lower_quantized_products import lower_quantized_products
+from lissom.passes.lowering.lower_quantized_products.stored_weights import per_feature, tile_grid
 from tests.support import captures
 from tests.support.harness import aten, calls, capture_model, check_golden, rewrite
 from tests.support.models import normal, seeded, tiny_gpt2

@@ -1,0 +1,1 @@
+"""The pass `lower-quantized-products`, its quantized activations, and the products that it lowers to."""
