@@ -3,8 +3,9 @@
     python benchmarks/zero_blocks.py --update
 
 Blocks of 4 inputs by 32 output features, chosen at random. Lissom's kernels multiply with the zeros and without them, in one
-process with PyTorch's `linear` (float32, bfloat16) and `quantized::linear_dynamic` (int8), call by call in turn. Both int8 layers
-quantize x in each call. Sparse results are compared with the dense kernel's first. Prints a Markdown table; `--update` puts it into benchmarks/README.md.
+process with PyTorch's `linear` (float32, bfloat16) and `quantized::linear_dynamic` (int8), call by call in turn. Both int8
+layers quantize x in each call. Sparse results are compared with the dense kernel's first. Prints a Markdown table; `--update`
+puts it into benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ def calls_of(dtype: str, inputs: int, features: int, rows: int, keep: float) -> 
 
 def table(dtypes: list[str], keep: float, seconds: float) -> str:
     """Every layer, dtype and number of rows, as Markdown."""
-    lines = ["| layer | rows | dtype | PyTorch, ms | Lissom dense, ms | Lissom sparse, ms | × |", "|---|---:|---|---:|---:|---:|---:|"]
+    lines = [
+        "| layer | rows | dtype | PyTorch, ms | Lissom dense, ms | Lissom sparse, ms | × |",
+        "|---|---:|---|---:|---:|---:|---:|",
+    ]
     for dtype in dtypes:
         for inputs, features in LAYERS:
             for rows in ROWS:
@@ -74,13 +78,17 @@ def table(dtypes: list[str], keep: float, seconds: float) -> str:
                 cells = [f"{inputs}→{features}", f"{rows:,}", dtype, *(str(timings[name]) for name in calls), f"{ratio:.2f}"]
                 lines.append(f"| {' | '.join(cells)} |")
                 print(lines[-1], flush=True)
-    return "\n".join([*lines, "", f"×: Lissom dense over Lissom sparse, {keep:.0%} of the blocks stored. {conditions()}."]) + "\n"
+    return (
+        "\n".join([*lines, "", f"×: Lissom dense over Lissom sparse, {keep:.0%} of the blocks stored. {conditions()}."]) + "\n"
+    )
 
 
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--keep", type=float, default=0.25, help="fraction of the blocks that are not zero; %(default)s by default")
+    parser.add_argument(
+        "--keep", type=float, default=0.25, help="fraction of the blocks that are not zero; %(default)s by default"
+    )
     parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--seconds", type=float, default=1.0, help="for each product; %(default)s by default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
