@@ -145,7 +145,7 @@ class Tensor {
     if (!strided_) return;
     sizes_ = at::IntArrayRef(lent.sizes()), strides_ = at::IntArrayRef(lent.strides());
     data_ = static_cast<char*>(const_cast<void*>(lent.const_data_ptr()));
-    memory_->base = data_ - lent.storage_offset() * element_size();
+    if (data_) memory_->base = data_ - lent.storage_offset() * element_size();
     memory_->bytes = storage_size_of(lent);
     TORCH_CHECK(memory_->base || numel() == 0, "a tensor has no memory; it may be fake, or its storage was freed");
   }
