@@ -39,8 +39,9 @@ def test_kernel_equals_its_reference_in_many_calls(name: str) -> None:
     interpret(name, 500)
 
 
-def test_programs_equal_their_simulation() -> None:
-    interpret("programs", 1)
+@pytest.mark.parametrize("cases", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_programs_equal_their_simulation(cases: int) -> None:
+    interpret("programs", cases)
 
 
 @pytest.mark.slow
