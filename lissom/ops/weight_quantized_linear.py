@@ -98,6 +98,8 @@ def _check(x: torch.Tensor, *operands: Any, features: int, format: str, tensor_s
     """Raise unless the operands fit x."""
     weight, scale, zero_point = operands
     inputs, panels = x.shape[-1], -(-features // PANEL)
+    finite = abs(tensor_scale) <= torch.finfo(torch.float32).max
+    require(finite, "the scale of the tensor is {}, and must be finite in float32", tensor_scale)
     require(format in FORMS, "a weight is stored as one of {}, not as '{}'", ", ".join(FORMS), format)
     check_exact(weight, (panels, inputs, step_bytes(format)), FORMS[format].storage, "a packed weight")
     if x.dtype == torch.bfloat16:

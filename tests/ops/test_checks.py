@@ -92,6 +92,8 @@ WRONG = [
     ("weight_quantized_linear", (X, STORED, BLOCKS.double()), STORED_INT8),
     ("weight_quantized_linear", (X, STORED, BLOCKS, BLOCKS.to(torch.int8)), STORED_INT8),
     ("weight_quantized_linear", (X, STORED, BLOCKS), {"features": 40, "format": "int2"}),
+    ("weight_quantized_linear", (X, STORED, BLOCKS), {**STORED_INT8, "tensor_scale": 1e300}),
+    ("weight_quantized_linear", (X, STORED, BLOCKS), {**STORED_INT8, "tensor_scale": float("nan")}),
     ("fused_attention", (Q, K, K[:, :1]), {"scale": 1.0}),
     ("fused_attention", (Q, K[:1], K[:1]), {"scale": 1.0}),
     ("fused_attention", (Q, K[..., :4], K), {"scale": 1.0}),

@@ -384,6 +384,7 @@ Tensor weight_quantized(const Tensor& x, const Tensor& q, const Tensor& scale, O
   if (zero_point) check_exact(*zero_point, blocks, shifts ? kind : at::kByte, "a weight's zero point");
   const void* zeros = zero_point ? zero_point->const_data_ptr() : nullptr;
   float factor = static_cast<float>(tensor_scale) * (form == Form::kFp8 ? kFp8Factor : 1) * (scales == ScaleKind::kFp8 ? kFp8Factor : 1);
+  TORCH_CHECK(std::isfinite(factor), "the scale of the tensor is ", tensor_scale, ", and must be finite in float32");
   QuantizedWeight packed{static_cast<const uint8_t*>(q.const_data_ptr()), form, scale.const_data_ptr(), scales,
                       factor, shifts ? nullptr : static_cast<const uint8_t*>(zeros), shifts ? zeros : nullptr, kind == at::kHalf, inputs,
                       groups};
