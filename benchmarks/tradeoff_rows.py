@@ -87,6 +87,7 @@ class Technique:
 _INT8 = "quantize{scheme=int8-dynamic}"
 _PRUNING, _QUANTIZATION, _DISTILLATION = "Pruning", "Quantization", "Distillation"
 _HEADS_NEURONS = "prune-heads{keep=0.75},prune-neurons{keep=0.5}"
+_BLOCKS = "sparsify{pattern=block,keep=0.4,criterion=sparsegpt}"
 _CHEAP_PRUNING = "prune-heads{keep=0.75,criterion=wanda},prune-neurons{keep=0.75,criterion=wanda}"
 _INT8_CPU = "AVX-512 VNNI or AMX"
 _SPARSE_GPU = "2:4 sparse tensor cores"
@@ -156,6 +157,15 @@ TECHNIQUES: tuple[Technique, ...] = (
         "sparsify{pattern=2:4,criterion=wanda}",
         data=True,
         hardware=_SPARSE_GPU,
+    ),
+    Technique(
+        "blocks of weights",
+        "1.1 Pruning",
+        _PRUNING,
+        _BLOCKS,
+        vit="sparsify{pattern=block,keep=0.4,criterion=wanda}",
+        data=True,
+        without="what single weights and 2:4 lose on this decoder is more than anyone takes",
     ),
     Technique("int8, dynamic", "1.2 Quantization", _QUANTIZATION, _INT8, _INT8, _INT8, hardware=_INT8_CPU),
     Technique(
@@ -286,6 +296,15 @@ TECHNIQUES: tuple[Technique, ...] = (
         f"{_CHEAP_PRUNING},{_INT8}",
         data=True,
         hardware=_INT8_CPU,
+    ),
+    Technique(
+        "blocks of weights and int8",
+        "4 Hybrid",
+        "",
+        f"{_BLOCKS},quantize{{embeddings=true}}",
+        data=True,
+        hardware=_INT8_CPU,
+        without="measured where it has a task",
     ),
     Technique(
         "pruned, distilled and int8",

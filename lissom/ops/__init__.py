@@ -17,7 +17,7 @@ from lissom.ops.dense_linear import linear
 from lissom.ops.flex_attention import flex_block_sparse_attention as flex_block_sparse_attention
 from lissom.ops.fused_attention import fused_attention, merged_attention, unpadded_attention
 from lissom.ops.fused_rows import fused_layer_norm, fused_rms_norm, fused_rotary
-from lissom.ops.grouped_product import grouped_product, grouped_product_reference
+from lissom.ops.grouped_product import grouped_product, run_grouped_product
 from lissom.ops.linear_attention import linear_attention, linear_attention_reference
 from lissom.ops.packed_linear import packed_embedding, packed_linear, packed_linear_norm
 from lissom.ops.quantized_linear import quantized_linear, quantized_linear_grouped, quantized_linear_norm
@@ -40,7 +40,7 @@ IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {
     rotary: rotary_reference,
     squared_relu: squared_relu_reference,
     change_basis: change_basis_reference,
-    grouped_product: grouped_product_reference,
+    grouped_product: run_grouped_product,
     linear_attention: linear_attention_reference,
     torch.ops.aten.linear.default: linear,
 }

@@ -2,7 +2,8 @@
 
 result[i] = input[i] · weight[g]   for offs[g − 1] ≤ i < offs[g], and zeros for rows after the last group
 
-Source: Gale et al. 2022 (MegaBlocks), §4; PyTorch's `grouped_mm` is the same on CUDA, in bfloat16 only.
+Source: Gale et al. 2022 (MegaBlocks), §4. On CUDA devices of compute capability 9.0 and later bfloat16 is multiplied by
+`torch.nn.functional.grouped_mm`, which reads `offs` on the device. The host reads it for everything else.
 """
 
 from __future__ import annotations
@@ -11,9 +12,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from lissom.ops.dimensions import Dimensions
 from lissom.ops.library import define
+
+_CAPABILITY = (9, 0)
+"""The first for which `grouped_mm` has a kernel: before, PyTorch multiplies group by group, and the host reads `offs`."""
+_ALIGNED = 8
+"""Sizes of a matrix in bfloat16 whose rows begin at multiples of 16 bytes are multiples of this."""
 
 
 def grouped_product_reference(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
@@ -23,6 +30,23 @@ def grouped_product_reference(input: torch.Tensor, weight: torch.Tensor, offs: t
     for group, rows in groups_of(offs, input.shape[0]):
         torch.mm(input[rows], weight[group], out=result[rows])
     return result
+
+
+def run_grouped_product(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    """`grouped_mm` where it has a kernel, with zeros for rows after the last group, which it leaves as they are."""
+    if not _has_kernel(input, weight):
+        return grouped_product_reference(input, weight, offs)
+    _check(input, weight, offs)
+    product = functional.grouped_mm(input, weight.contiguous(), offs=offs.to(torch.int32))
+    return product.masked_fill_((torch.arange(len(input), device=input.device) >= offs[-1]).unsqueeze(1), 0)
+
+
+def _has_kernel(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    """True where `grouped_mm` multiplies without reading `offs` on the host."""
+    if input.device.type != "cuda" or (input.dtype, weight.dtype) != (torch.bfloat16, torch.bfloat16):
+        return False
+    aligned = input.is_contiguous() and not any(size % _ALIGNED for size in weight.shape[1:])
+    return aligned and 0 not in (*input.shape, *weight.shape) and torch.cuda.get_device_capability(input.device) >= _CAPABILITY
 
 
 def groups_of(offs: torch.Tensor, count: int, operator: str = "grouped_product") -> Iterator[tuple[int, slice]]:
@@ -64,11 +88,12 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 grouped_product = define(
     "grouped_product(Tensor input, Tensor weight, Tensor offs) -> Tensor",
-    grouped_product_reference,
+    run_grouped_product,
     _fake,
     dimensions=Dimensions("!rows k, !groups k n, !groups -> rows n : rows k n", factors=("input", "weight")),
     backward=_backward,
     setup_context=_remember,
 )
 """The operator. input: [rows, k], sorted by group; weight: [groups, k, n]; offs: [groups], the end of each group's rows,
-non-decreasing integers. Returns [rows, n]. Differentiable; any device, which it synchronizes to read `offs`."""
+non-decreasing integers. Returns [rows, n]. Differentiable; any device, which it synchronizes to read `offs`, but for
+`grouped_mm`: with that, ends that decrease or exceed the rows are not refused, and their results are undefined."""
