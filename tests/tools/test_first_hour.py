@@ -114,7 +114,7 @@ def test_an_interrupted_run_goes_on(tmp_path) -> None:
     while not kept.exists() and begun.poll() is None:
         time.sleep(0.05)
     begun.send_signal(signal.SIGINT)
-    _, errors = begun.communicate(timeout=10)
+    _, errors = begun.communicate(timeout=60)
     assert begun.returncode == 130, errors
     assert "interrupted; start it again to go on" in errors
     assert not list((tmp_path / "results").glob("predictions*"))
