@@ -114,6 +114,7 @@ class Sparsify(Approximation):
     def __post_init__(self) -> None:
         if self.keep is not None and not 0 < self.keep <= 1:
             raise UnsupportedError(f"sparsify keeps a fraction of the weights above 0 and up to 1, not keep={self.keep:g}")
+        _parse(self.pattern)  # an unknown pattern is named first
         if self.pattern not in (None, BLOCK) and self.keep is not None:
             raise UnsupportedError("sparsify takes keep= or pattern=N:M, not both; with pattern=block keep= counts blocks")
         patterns = [self.pattern, *(amount for _, amount in self._amounts().entries if ":" in amount)]

@@ -232,6 +232,7 @@ def test_without_data_the_criteria_that_need_it_say_so() -> None:
         ({"keep": 0.3, "pattern": "2:4"}, "sparsify takes keep= or pattern=N:M, not both"),
         ({"pattern": "4:2"}, "pattern=4:2 is not known; write N:M with 0 < N < M, such as 2:4"),
         ({"pattern": "half"}, "pattern=half is not known"),
+        ({"pattern": "blocks", "keep": 0.4}, "pattern=blocks is not known"),
         ({"scope": "global", "criterion": "wanda"}, "ranks by magnitude and takes no pattern"),
         ({"damping": 0.0}, "sparsify takes damping= above 0 and block_size= of 1 or more"),
         (
