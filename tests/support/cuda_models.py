@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import transformers
@@ -47,11 +47,13 @@ def on_cuda(case: Case) -> dict[str, object]:
     return {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in case.kwargs.items()}
 
 
-def same_as(simulated: lissom.Program, case: Case, run: lissom.CompiledModel) -> None:
-    """The outputs at several sizes; the third call replays a CUDA graph."""
+def same_as(
+    simulated: lissom.Program, case: Case, run: lissom.CompiledModel, sizes: Sequence[tuple[int, int]] = ((1, 1), (3, 5))
+) -> None:
+    """The outputs at several sizes of batch and sequence; the third call replays a CUDA graph."""
     signature, example = simulated.signature, simulated.signature.flatten((), case.kwargs)
-    for batch, sequence in ((1, 1), (3, 5)):
-        sample = signature.resize(example, dict(zip(signature.dimensions, (batch, sequence), strict=True)))
+    for size in sizes:
+        sample = signature.resize(example, dict(zip(signature.dimensions, size, strict=True)))
         wanted = run_samples(simulated, [sample])
         # Two programs that quantize activations, or compute in bfloat16, may differ by that much.
         allowed = max(tolerance_of(simulated), SHARE * rounding_loss(simulated, [sample], wanted))
@@ -59,4 +61,4 @@ def same_as(simulated: lissom.Program, case: Case, run: lissom.CompiledModel) ->
         for _ in range(3):
             found = run(*args, **kwargs)
             output = found.last_hidden_state if "last_hidden_state" in found else found.logits
-            assert compare([[wanted[0][0]]], [[output.cpu()]]).relative_error <= allowed
+            assert compare([[wanted[0][0].cpu()]], [[output.cpu()]]).relative_error <= allowed

@@ -173,7 +173,8 @@ class _Blocks(_Layer):
 
     def slower(self) -> str | None:
         """The measured times, where packing does not make the layer faster. Random scales and sums do as well as its own."""
-        x, packed, dense = self.example(), pack_nonzero_blocks(self.dense), self.dense
+        x, dense = self.example(), self.dense
+        packed = pack_nonzero_blocks(dense)
         if not self.is_quantized:
             features = len(self.tensor)
             sparse = partial(block_sparse_linear, x, *packed, features=features)

@@ -10,14 +10,12 @@ import transformers
 
 import lissom
 from lissom.backends.simulated_layers import count_kernels
-from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
-from lissom.compiler.verify.rounding import SHARE
-from lissom.compiler.verify.rounding_loss import rounding_loss
 from lissom.ops import int4_product, int8_product
 from lissom.ops.quantization import dequantize
 from lissom.ops.triton_kernels import has_kernels
 from lissom.passes.lowering.lower_quantized_products.lower_quantized_products import capability
 from lissom.passes.lowering.lower_quantized_products.stored_weights import tiles
+from tests.support.cuda_models import same_as
 from tests.support.harness import aten, calls
 from tests.support.models import Case, seeded, tokens
 
@@ -80,16 +78,7 @@ def test_a_quantized_encoder_is_what_its_simulation_is(passes: str, backend: str
     assert calls(fast.program, dequantize) == 0
     told = f"{LAYERS * LINEAR} of {LAYERS * LINEAR} quantized layers run in integers"
     assert any(told in note for note in fast.report.history.steps[-1].notes)
-    signature, example = simulated.signature, simulated.signature.flatten((), case.inputs)
-    for batch, sequence in ((1, 1), (3, 5), (16, 33)):
-        sample = signature.resize(example, dict(zip(signature.dimensions, (batch, sequence), strict=True)))
-        wanted = run_samples(simulated, [sample])
-        loss = rounding_loss(simulated, [sample], wanted)
-        # What two programs may differ by that round values, or compute in bfloat16.
-        allowed = max(tolerance_of(fast.program), SHARE * loss)
-        for _ in range(3):
-            found = fast(input_ids=sample[0]).last_hidden_state  # pyright: ignore
-            assert compare([[wanted[0][0]]], [[found]]).relative_error <= allowed
+    same_as(simulated, case, fast, sizes=((1, 1), (3, 5), (16, 33)))
 
 
 @pytest.mark.parametrize(("features", "inputs"), [(8, 32), (16, 64), (24, 128), (64, 384)])
