@@ -51,8 +51,7 @@ class Inductor(Backend):
     maps_files: ClassVar[bool] = True
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
-        quantized = (FoldQuantizedWeights(), LowerQuantizedProducts()) if device.type == "cuda" else ()
-        return (FoldConstants(shared=True), *quantized)
+        return (FoldConstants(shared=True), FoldQuantizedWeights(), LowerQuantizedProducts(cpu=device.type == "cpu"))
 
     def missing(self) -> str | None:
         # Here, because it takes a second or two to import.

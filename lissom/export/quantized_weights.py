@@ -38,7 +38,7 @@ def quantized_weights(program: Program) -> Iterator[QuantizedWeight]:
     A table that is looked up and multiplied comes twice.
     """
     for node in program.nodes(dequantize):
-        q, scale, *zero_point = (_constant(program, argument) for argument in node.args)
+        q, scale, *zero_point = (constant(program, argument) for argument in node.args)
         stored_as, form = attribute_of(Dequantize(node).q), Dequantize(node).format
         if stored_as is None or q is None or scale is None or None in zero_point:
             continue
@@ -62,7 +62,8 @@ def attribute_of(node: object) -> fx.Node | None:
     return node if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
-def _constant(program: Program, node: object) -> torch.Tensor | None:
+def constant(program: Program, node: object) -> torch.Tensor | None:
+    """The values of a weight on the CPU; None for another node."""
     attribute = attribute_of(node)
     return None if attribute is None else program.weight(str(attribute.target)).detach().cpu()
 
@@ -71,4 +72,4 @@ def _column_order(program: Program, weight: fx.Node) -> torch.Tensor | None:
     """The order in which the layer of a dequantized weight reads its input; None where this is the input's own."""
     inputs = (user.args[0] for user in weight.users if user.target is torch.ops.aten.linear.default)
     sorted_input = next((x for x in inputs if nodes.is_call(x, torch.ops.aten.index_select.default)), None)
-    return None if sorted_input is None else _constant(program, nodes.argument(sorted_input, "index"))
+    return None if sorted_input is None else constant(program, nodes.argument(sorted_input, "index"))

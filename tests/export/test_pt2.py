@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -106,10 +107,39 @@ def test_nested_arguments_are_flat(tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=0)  # twice a sum is exact
 
 
-@pytest.mark.parametrize("scheme", ["int8-dynamic", "int4-weight"])
-def test_quantized_layers_are_refused(bert, scheme: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["int8-dynamic", pytest.param("int8-static", marks=pytest.mark.slow)])
+def test_int8_runs_elsewhere(bert, scheme: str, tmp_path: Path) -> None:
+    """One process here and one without Lissom give the outputs of the backend that Lissom runs the same program on."""
+    passes, path = f"quantize{{scheme={scheme},embeddings=true}}", tmp_path / "bert.pt2"
+    lissom.optimize(bert, example(), passes=passes, data=[example()]).export_pt2(path)
+    loaded = torch._inductor.aoti_load_package(str(path))
+    quantized = lissom.compile(bert, example(), passes=passes, data=[example()], goal=None, simulate=True)
+    for rows, columns in ((1, 1), (1, 5), (3, 40)):
+        ids = torch.randint(3, 60, (rows, columns), generator=torch.Generator().manual_seed(rows))
+        wanted = quantized(input_ids=ids, attention_mask=torch.ones_like(ids))
+        exact = bert(input_ids=ids, attention_mask=torch.ones_like(ids))
+        for mine, theirs, float_ in zip(loaded(ids, torch.ones_like(ids)), wanted.values(), exact.values(), strict=True):
+            # A value near the middle of two integers may round the other way, which changes less than all roundings do.
+            assert relative_error(theirs, mine) < relative_error(float_, theirs)
+    assert "aoti_torch_cpu__int_mm_out" in _code(path)
+
+
+def _code(package: Path) -> str:
+    """The C++ code in a package, and the names that it calls."""
+    with zipfile.ZipFile(package) as files:
+        return "".join(files.read(name).decode("latin1") for name in files.namelist() if name.endswith((".so", ".cpp")))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        ("int4-weight", "its weight is in int4, and PyTorch multiplies int8 on CPUs"),
+        ("int8-group", "its weight has group-wise scales"),
+    ],
+)
+def test_layers_without_a_kernel_are_refused(bert, scheme: str, reason: str, tmp_path: Path) -> None:
     optimized = lissom.optimize(bert, example(), passes=f"quantize{{scheme={scheme}}}")
-    with pytest.raises(UnsupportedError, match="backend 'inductor' has no kernel for 12 quantized layers"):
+    with pytest.raises(UnsupportedError, match=f"'inductor' has no kernel for 12 quantized layers.*{reason}"):
         optimized.export_pt2(tmp_path / "bert.pt2")
     assert not any(tmp_path.iterdir())
 

@@ -142,10 +142,10 @@ def _on_servers(layers: Mapping[str, Layer]) -> Iterator[str]:
             break
     for path, layer in layers.items():
         weights, inputs = layer.scheme.weights, layer.scheme.inputs
-        by_tensor = inputs is not None and inputs.format != "fp8" and inputs.strategy == "tensor"
+        by_tensor = inputs is not None and inputs.is_dynamic and inputs.format != "fp8" and inputs.strategy == "tensor"
         if inputs is not None and (not weights.symmetric or weights.group or by_tensor):
             yield (
                 f"'{path}' is in {layer.scheme}, and vLLM multiplies integers of symmetric weights per channel or tensor with "
-                f"inputs per token"
+                f"inputs per token, or with a fixed scale"
             )
             break

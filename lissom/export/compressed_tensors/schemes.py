@@ -3,7 +3,7 @@
 | program | weights | inputs | format |
 |---|---|---|---|
 | int4, uint4, int8, uint8 | int, 4 or 8 bits, per tensor, channel or group | | pack-quantized |
-| the same with uint8 inputs | int, 8 bits | int8 with zero points, computed at run time | int-quantized |
+| the same with uint8 inputs | int, 8 bits | int8 with zero points, computed at run time or fixed | int-quantized |
 | fp8 | e4m3 | e4m3, computed at run time | float-quantized |
 
 The uint8 inputs of a program, scale (max - min) / 255, are the asymmetric int8 inputs of the format, shifted by 128. The format
@@ -24,7 +24,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.calls import Dequantize, Embedding
 from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError
-from lissom.export.quantized_weights import QuantizedWeight
+from lissom.export.quantized_weights import QuantizedWeight, constant
 from lissom.frontends.checkpoints.compressed_tensors_config import Scheme
 from lissom.frontends.checkpoints.quantized_layers import describe
 from lissom.ops.formats import FORMATS, dequantize
@@ -36,25 +36,32 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """The layers that vLLM makes one of."""
 _WEIGHTS = ("int4", "uint4", "int8", "uint8", "fp8")
 _INPUTS = {("uint8", "token"), ("uint8", "tensor"), ("fp8", "token"), ("fp8", "tensor")}
-_CHOICES = "quantize{scheme=int4-weight}, int8-weight, int8-dynamic or fp8"
+_CHOICES = "quantize{scheme=int4-weight}, int8-weight, int8-dynamic, int8-static or fp8"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """How the input of a layer is quantized at run time.
+    """How the input of a layer is quantized.
 
     Attributes:
         strategy: what a scale is for, `token` or `tensor`.
+        is_dynamic: the scale is computed at run time; else the checkpoint has it.
     """
 
     format: str
     strategy: str
+    is_dynamic: bool = True
 
     def fields(self) -> dict[str, object]:
         """The arguments of the format."""
         kind = "float" if self.format == "fp8" else "int"
-        return {"num_bits": 8, "type": kind, "strategy": self.strategy, "symmetric": kind == "float", "dynamic": True}
+        fields: dict[str, object] = {"num_bits": 8, "type": kind, "strategy": self.strategy, "symmetric": kind == "float"}
+        return fields | {"dynamic": self.is_dynamic}
+
+    def __str__(self) -> str:
+        """For a sentence: `fixed int8`."""
+        return f"{'' if self.is_dynamic else 'fixed '}{'fp8' if self.format == 'fp8' else 'int8'}"
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class LayerScheme:
             if weights.strategy == "tensor"
             else describe(form, 2 if weights.group else 1, weights.group or 0)
         )
-        return name if self.inputs is None else f"{name} with inputs in {'fp8' if self.inputs.format == 'fp8' else 'int8'}"
+        return name if self.inputs is None else f"{name} with inputs in {self.inputs}"
 
 
 @dataclass(frozen=True)
@@ -96,12 +103,14 @@ class Layer:
 
     Attributes:
         dtype: of its dequantized weight.
+        input_grid: the scale and the zero point of a fixed quantizer of its input, [].
         is_rounded: its scales are rounded to this dtype.
     """
 
     scheme: LayerScheme
     stored: StoredBlocks
     dtype: torch.dtype
+    input_grid: tuple[torch.Tensor, torch.Tensor] | None = None
     is_rounded: bool = False
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
@@ -126,11 +135,14 @@ def layers_of(program: Program, weights: Iterable[QuantizedWeight]) -> dict[str,
         _check_readers(reads)
         # A table that is looked up and multiplied comes twice.
         products = [user for read in reads for user in read.node.users if user.target is aten.linear.default]
-        inputs = {_inputs(product) for product in products} or {None}
+        inputs = {_inputs(product): product for product in products} or {None: None}
         if len(inputs) > 1:
             raise UnsupportedError(f"{program.name} quantizes the inputs of '{name}' in several ways, and the format says one")
-        scheme = LayerScheme(_weights(reads[0]), next(iter(inputs)))
-        layers[name] = Layer(_checked(name, scheme), reads[0].stored, nodes.tensor_type(reads[0].node).dtype)
+        kind, product = next(iter(inputs.items()))
+        fixed = None if product is None or kind is None or kind.is_dynamic else input_of(product)
+        scheme = _checked(name, LayerScheme(_weights(reads[0]), kind))
+        grid = None if fixed is None else _grid(program, fixed)
+        layers[name] = Layer(scheme, reads[0].stored, nodes.tensor_type(reads[0].node).dtype, grid)
     _refuse_others(program, {read.node for reads in by_name.values() for read in reads})
     known = {layer.scheme for layer in layers.values()}
     # One group of all inputs is a channel too; the checkpoint has fewer schemes where it is of the size of others' groups.
@@ -199,9 +211,22 @@ def _check_readers(reads: Sequence[QuantizedWeight]) -> None:
 
 def _inputs(product: fx.Node) -> Inputs | None:
     x = input_of(product)
+    if x.target is fake_quantize:
+        return Inputs(str(nodes.argument(x, "format")), "tensor", is_dynamic=False)
     if x.target is not fake_quantize_dynamic:
         return None
     return Inputs(str(nodes.argument(x, "format")), str(nodes.argument(x, "granularity")))
+
+
+def _grid(program: Program, quantizer: fx.Node) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and the zero point of a fixed quantizer. Raises UnsupportedError where they are not those of a tensor."""
+    scale, zero_point = (constant(program, nodes.argument(quantizer, name)) for name in ("scale", "zero_point"))
+    if scale is None or scale.numel() != 1 or zero_point is None:
+        raise UnsupportedError(
+            f"'{quantizer.name}' of {program.name} has no scale and zero point for the whole tensor, and a checkpoint has no "
+            f"others for inputs; choose {_CHOICES}"
+        )
+    return scale.reshape(()), zero_point.reshape(())
 
 
 def _weights(weight: QuantizedWeight) -> Scheme:
@@ -253,11 +278,11 @@ def _checked(name: str, scheme: LayerScheme) -> LayerScheme:
 def _refuse_others(program: Program, weights: set[fx.Node]) -> None:
     """Refuse quantizers that are no inputs of quantized layers. Raises UnsupportedError."""
     for node in program.nodes(fake_quantize, fake_quantize_dynamic):
-        is_input = node.target is fake_quantize_dynamic and all(
+        is_input = all(
             user.target is aten.linear.default and user.args[0] is node and user.args[1] in weights for user in node.users
         )
         if not is_input:
             raise UnsupportedError(
-                f"{program.name} quantizes '{node.name}', which is not the input of a quantized linear layer with a scale "
-                f"computed at run time, and a compressed-tensors checkpoint says no other; choose {_CHOICES}"
+                f"{program.name} quantizes '{node.name}', which is not the input of a quantized linear layer, and a "
+                f"compressed-tensors checkpoint says no other; choose {_CHOICES}"
             )

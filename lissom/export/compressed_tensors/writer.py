@@ -34,7 +34,7 @@ from lissom.export.compressed_tensors.schemes import Layer, check_fused, check_l
 from lissom.export.fresh_process import arguments_of, error_of, outputs_of
 from lissom.export.quantized_weights import in_floating_point, quantized_weights
 from lissom.ops.formats import FORMATS
-from lissom.ops.quantization import fake_quantize_dynamic
+from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ _ROUNDINGS = 4.0
 """The most that outputs may differ where two libraries round inputs as finely, relative to the error of one rounding: a value
 that is rounded the other way changes all later ones, so two such errors add up, and the largest of the logits is up to twice as
 large for one as for the other."""
+_MIDDLE = 128
+"""What uint8 exceeds int8 by."""
 _NOT_COMPARED = "not compared: vLLM, which computes in float16 or bfloat16 by kernels of its own"
 
 
@@ -192,11 +194,21 @@ def _compress(made: _QuantizedModel, folder: Path) -> None:
         elif hasattr(module, "weight_zero_point"):
             # Adding 0 would turn -0 of fp8 into 0.
             del module.weight_zero_point
+        _fix_input(module, layer)
         compressors.compress_module(module)
         module.weight_scale = _parameter(scale.to(layer.dtype).reshape(shape))
     compressor = compressors.ModelCompressor.from_pretrained_model(model)
     model.save_pretrained(folder)
     compressor.update_config(str(folder))
+
+
+def _fix_input(module: Any, layer: Layer) -> None:
+    """Give the module the scale and the zero point of a fixed quantizer of its input."""
+    if layer.input_grid is not None:
+        scale, zero_point = layer.input_grid
+        # Layers of one input share its scale in the program, and safetensors has no place for that.
+        module.input_scale = _parameter(scale.to(layer.dtype).reshape(module.input_scale.shape).clone())
+        module.input_zero_point = _parameter((zero_point.int() - _MIDDLE).to(torch.int8).reshape(module.input_scale.shape))
 
 
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:
@@ -261,5 +273,6 @@ class _KeepInputs(Approximation):
     """Leaves the inputs of layers in floating point, for a comparison of weights."""
 
     def run(self, edit: Editor) -> None:
-        for node in edit.nodes(fake_quantize_dynamic):
-            edit.replace(node, nodes.operand(node))
+        for node in edit.nodes(fake_quantize, fake_quantize_dynamic):
+            if all(user.args[0] is node for user in node.users):  # no weight of a layer
+                edit.replace(node, nodes.operand(node))

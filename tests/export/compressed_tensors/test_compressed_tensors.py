@@ -85,6 +85,7 @@ CASES = {
     "W8A8, tied, qwen3": Case(
         "quantize{scheme=int8-dynamic}", {"int8 per channel with inputs in int8": 14}, {"kind": "qwen3", "tied": True}
     ),
+    "W8A8, fixed": Case("quantize{scheme=int8-static}", {"int8 per channel with inputs in fixed int8": 14}, {"tied": True}),
     "fp8": Case("quantize{scheme=fp8}", {"fp8 per channel with inputs in fp8": 14}, {}),
     "mixed": Case(MLP_IN_INT4, {"int8 per channel": 8, "int4 in groups of 32": 6}, {}),
     "mixed, W8A8": Case(
@@ -298,7 +299,6 @@ def refused(passes: str, model: Any = None) -> Any:
 
 REFUSED: dict[str, tuple[str, Any]] = {
     "nothing quantized": ("has no quantized layers; add quantize", refused("exact")),
-    "static inputs": ("which is not the input of a quantized linear layer", refused("quantize{scheme=int8-static}")),
     "inputs in groups": ("int8 with a scale per group, which servers have", refused("quantize{scheme=int8-group}")),
     "int4 with inputs": ("int8 with a scale per group", refused("quantize{scheme=int4-dynamic}")),
     "residual": ("which is not the input of a quantized linear layer", refused("quantize{scheme=int8-dynamic,residual=true}")),

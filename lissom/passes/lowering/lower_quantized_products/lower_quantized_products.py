@@ -26,7 +26,10 @@ PyTorch's sources, `aten/src/ATen/native/cuda`:
 - `_weight_int8pack_mm` (`int8mm.cu`): any sizes, but up to PyTorch 2.13 one thread sums each output, without tensor cores. It
   is used where it is measured faster than the layer in floating point, at the sizes of the example.
 
-The pass comes after `fold-quantized-weights`. It was tested on CPUs and a pretended GPU, and has not been run on a CUDA device
+With `cpu=true` int8 layers on CPUs get PyTorch's products too, for TorchInductor, which fuses the operators around them; there
+`_int_mm` takes any sizes. `eager` has faster kernels of its own on CPUs.
+
+The pass comes after `fold-quantized-weights`. On CUDA it was tested on CPUs and a pretended GPU, and has not been run on a CUDA device
 yet. Times on a CPU, whose low-precision products are slow, say nothing about one.
 """
 
@@ -76,10 +79,12 @@ class LowerQuantizedProducts(Rewrite):
     Attributes:
         always: lowers without measuring, on any device, as for compute capability 9.0.
         triton: lowers int8 and int4 to Lissom's Triton kernels.
+        cpu: lowers int8 on CPUs too.
     """
 
     always: bool = False
     triton: bool = False
+    cpu: bool = False
 
     def run(self, edit: Editor) -> None:
         weights, inputs, without = StoredWeights(edit), dict[fx.Node, QuantizedInput](), dict[str, int]()
@@ -93,7 +98,7 @@ class LowerQuantizedProducts(Rewrite):
                 reason = _slower(edit, layer)
             if edit.may_change(node, reason):
                 row_wise = (found or _NEWEST) >= _ROW_WISE
-                edit.replace(node, Lowering(edit, self.triton, row_wise, weights, inputs).lower(layer))
+                edit.replace(node, Lowering(edit, self.triton, row_wise, not self.cpu, weights, inputs).lower(layer))
                 missing = None if self.triton or found is None else obstacle(nodes.tensor_type(layer.x).device)
                 if missing is not None and is_for_triton(layer):
                     without[missing] = without.get(missing, 0) + 1
@@ -106,18 +111,24 @@ class LowerQuantizedProducts(Rewrite):
         Args:
             found: the device's compute capability.
         """
-        if found is None and not self.always:
-            return f"it runs on {nodes.tensor_type(layer.x).device.type}"
+        format, device = layer.format.removeprefix("u"), nodes.tensor_type(layer.x).device.type
+        on_cpu = self.cpu and device == "cpu"
+        if found is None and not self.always and not on_cpu:
+            return f"it runs on {device}"
+        if on_cpu and format != "int8":
+            return f"its weight is in {format}, and PyTorch multiplies int8 on CPUs"
         if layer.is_read_whole:
             return "its weight is read elsewhere too"
         if layer.blocks[0] not in (1, layer.sizes[0]):
             return "its weight has a scale for several features"
         triton = self.triton and is_for_triton(layer)
-        reason = (_obstacle_to_quantized if layer.rounds else _obstacle_to_weight_only)(layer, triton=triton)
+        if layer.rounds:
+            reason = _obstacle_to_quantized(layer, any_size=triton or on_cpu)
+        else:
+            reason = _obstacle_to_weight_only(layer, triton=triton)
         if reason is not None:
             return reason
-        format = layer.format.removeprefix("u")
-        if found is None and not layer.rounds and not triton:
+        if found is None and not layer.rounds and not triton and not on_cpu:
             return "weight-only products have kernels on CUDA devices only"
         if found is not None and found < _NEEDED[format]:
             needed, has = (f"{major}.{minor}" for major, minor in (_NEEDED[format], found))
@@ -130,7 +141,7 @@ def capability(device: torch.device) -> Capability | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def _obstacle_to_quantized(layer: QuantizedLayer, *, triton: bool) -> str | None:
+def _obstacle_to_quantized(layer: QuantizedLayer, *, any_size: bool) -> str | None:
     features, inputs = layer.sizes
     if layer.format not in _VALUES:
         return f"its weight is in {layer.format}, and PyTorch multiplies quantized values with {' or '.join(_VALUES)}"
@@ -141,7 +152,7 @@ def _obstacle_to_quantized(layer: QuantizedLayer, *, triton: bool) -> str | None
         return "its weight has group-wise scales, and the product takes one scale per feature"
     if not layer.has_one_scale or any(operand.op != "get_attr" for operand in layer.values.all_input_nodes[1:]):
         return "its input is quantized with more than one scale, or with a computed one"
-    if not triton and (features % _MULTIPLES[layer.format] or inputs % _MULTIPLES[layer.format]):
+    if not any_size and (features % _MULTIPLES[layer.format] or inputs % _MULTIPLES[layer.format]):
         return f"its sizes, {features} and {inputs}, are not both multiples of {_MULTIPLES[layer.format]}"
     if inputs > MOST_INPUTS and layer.format == "int8":
         return f"it has {inputs} inputs, and 32-bit sums take at most {MOST_INPUTS}"

@@ -38,11 +38,13 @@ class Lowering:
     Attributes:
         triton: whether Triton's kernels are used.
         row_wise: whether `_scaled_mm` supports row-wise scales.
+        pads: whether `_int_mm` needs rows of zeros.
     """
 
     edit: Editor
     triton: bool
     row_wise: bool
+    pads: bool
     weights: StoredWeights
     inputs: dict[fx.Node, QuantizedInput]
 
@@ -51,7 +53,7 @@ class Lowering:
         triton = self.triton and is_for_triton(layer)
         if layer.rounds and layer.values not in self.inputs:
             with self.edit.before(layer.values):
-                self.inputs[layer.values] = quantize_input(self.edit, layer, triton=triton)
+                self.inputs[layer.values] = quantize_input(self.edit, layer, triton=triton, pads=self.pads)
         with self.edit.before(layer.node):
             if triton:
                 return self._triton_product(layer)

@@ -46,11 +46,12 @@ def flatten(edit: Editor, x: fx.Node) -> fx.Node:
     return x if x_type.rank == 2 else edit.call(aten.reshape.default, x, [-1, x_type.shape[-1]])
 
 
-def quantize_input(edit: Editor, layer: QuantizedLayer, *, triton: bool) -> QuantizedInput:
+def quantize_input(edit: Editor, layer: QuantizedLayer, *, triton: bool, pads: bool) -> QuantizedInput:
     """Quantizes a layer's input as `formats.scale_for` and `formats.quantize` do; use inside `edit.before`.
 
     Args:
         triton: for Triton's kernels.
+        pads: few rows get rows of zeros after them.
     """
     call = edit.call
     by_token = not layer.scale_is_known and layer.granularity == "token"
@@ -68,7 +69,7 @@ def quantize_input(edit: Editor, layer: QuantizedLayer, *, triton: bool) -> Quan
         return QuantizedInput(call(aten.contiguous.default, q), scale, None, rows)
     whole = call(aten.add.Tensor, call(aten.round.default, scaled), shift)
     q = call(aten.to.dtype, call(aten.clamp.default, whole, -_MIDDLE, _MIDDLE - 1), torch.int8)
-    if rows is not None and (not isinstance(rows, int) or rows < _ROWS):
+    if pads and rows is not None and (not isinstance(rows, int) or rows < _ROWS):
         q = call(aten.constant_pad_nd.default, q, [0, 0, 0, _ROWS], 0)
     return QuantizedInput(call(aten.contiguous.default, q), scale, offset, rows)
 
