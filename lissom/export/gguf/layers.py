@@ -172,7 +172,7 @@ def _with_full_heads(sizes: Sizes, config: Any) -> Sizes:
     full = config.hidden_size // head_dim_of(config)
     if full * groups % heads:
         raise UnsupportedError(
-            f"llama.cpp reads heads as wide as the residual stream, which are {full}, and groups of {heads // groups} query heads "
+            f"llama.cpp reads heads as wide as the residual stream, which are {full}; groups of {heads // groups} query heads "
             f"for each key/value head do not divide them"
         )
     count = len(sizes.heads)

@@ -1,12 +1,13 @@
 """The weights of a decoder by one set of names, those of Llama, whatever its family fuses or transposes.
 
-    GPT-2   c_attn [hidden, 3 · hidden]      q_proj, k_proj and v_proj, each [out, in]
-    Phi-3   qkv_proj, gate_up_proj           q_proj, k_proj and v_proj; gate_proj and up_proj
+GPT-2   c_attn [hidden, 3 · hidden]      q_proj, k_proj and v_proj, each [out, in]
+Phi-3   qkv_proj, gate_up_proj           q_proj, k_proj and v_proj; gate_proj and up_proj
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ def separated(weights: Mapping[str, Weight], family: Family) -> dict[str, Weight
     """The weights by the names of Llama, with fused projections in parts.
 
     Args:
-        weights: by the model's names, matrices [out, in]. A fused weight of an attention without an output projection is left out.
+        weights: by the model's names, matrices [out, in]. Of an attention without an output projection, they are left out.
     """
     renamed = {family.renamed(name): weight for name, weight in weights.items()}
     found: dict[str, Weight] = {}
@@ -84,7 +85,7 @@ def assign(model: nn.Module, weights: Mapping[str, Weight], family: Family) -> N
     for name, value in joined.items():
         own = family.own_name(name)
         path, _, leaf = own.rpartition(".")
-        module = model.get_submodule(path)
+        module: Any = model.get_submodule(path)
         setattr(module, leaf, nn.Parameter(value.T if own in transposed else value, requires_grad=False))
         if own in transposed:
             # A Conv1D reads its width from here.

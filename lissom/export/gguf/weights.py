@@ -110,10 +110,10 @@ def _enlarged(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return enlarged
 
 
-def read_weights(
-    program: Program, model: nn.Module, norm_offset: float, transposed: Collection[str] = ()
-) -> dict[str, Weight]:
-    """The program's weights by the model's names, matrices [out, in]; those that it dequantizes in blocks where there is a type for them.
+def read_weights(program: Program, model: nn.Module, norm_offset: float, transposed: Collection[str] = ()) -> dict[str, Weight]:
+    """The program's weights by the model's names, matrices [out, in].
+
+    Those that it dequantizes are in blocks where there is a type for them.
 
     Args:
         program: with its quantized weights folded. A weight with the values that the model's GGUF file stores is in its blocks.

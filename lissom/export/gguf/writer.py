@@ -122,7 +122,7 @@ def write_gguf(
     confirm(program, model, config, family, weights, sizes, example, old)
     layers = fit(weights, sizes, family, config)
     writer: Any = gguf.GGUFWriter(None, layers.architecture)
-    writer.add_name(program.name)
+    writer.add_name(vocabulary.name_of_file(program.name))
     describe(writer, config, layers.sizes)
     vocabulary.write(writer)
     tensors = _tensors(gguf, layers, family.norm_offset, head_dim_of(config), rope_factors(config, model))
