@@ -66,7 +66,12 @@ def decoder(family: str, vocabulary: int, layers: int = 3, **fields: Any) -> tra
         sizes |= {"query_pre_attn_scalar": 32, "sliding_window": 16, "layer_types": kinds}
     if family == "mistral":
         sizes["sliding_window"] = None
-    config = transformers.CONFIG_MAPPING[family](**sizes | fields)
+    if family in ("phi3", "gpt2"):
+        sizes |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    sizes |= fields
+    if family == "gpt2":
+        sizes["n_inner"] = sizes.pop("intermediate_size")
+    config = transformers.CONFIG_MAPPING[family](**sizes)
     return seeded(lambda: transformers.AutoModelForCausalLM.from_config(config))
 
 

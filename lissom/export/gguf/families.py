@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lissom.errors import UnsupportedError
+from lissom.export.gguf.rope import describe_rope, rotary_fraction
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,6 +27,8 @@ class Family:
         other_heads: for heads that are together narrower than the residual stream, where `architecture` has no room for them.
         fields: the values of the configuration that its graph computes with.
         norm_offset: what is added to the weights of norms.
+        names: parts of the names of its weights, and those of Llama, replaced one after the other.
+        fuses: its models have q, k and v in one weight, and gate and up.
     """
 
     architecture: str
@@ -35,10 +36,38 @@ class Family:
     other_heads: str | None = None
     fields: Mapping[str, Sequence[object]] = field(default_factory=dict[str, Sequence[object]])
     norm_offset: float = 0.0
+    names: Sequence[tuple[str, str]] = ()
+    fuses: bool = False
+
+    def renamed(self, name: str) -> str:
+        """Llama's name of a weight of a model of this family."""
+        for own, llama in self.names:
+            name = name.replace(own, llama)
+        return name
+
+    def own_name(self, name: str) -> str:
+        """The model's name of a weight that `renamed` gave Llama's name."""
+        for own, llama in reversed(self.names):
+            name = name.replace(llama, own)
+        return name
 
 
 INTERLEAVED = ("llama", "deci")
 """The graphs in which pairs of rotary features are neighbours; in transformers they are half a head apart."""
+FULL_HEADS = ("phi3", "gpt2")
+"""The graphs whose heads are together as wide as the residual stream."""
+_GPT2_NAMES = (
+    ("transformer.h.", "model.layers."),
+    ("transformer.wte.", "model.embed_tokens."),
+    ("transformer.ln_f.", "model.norm."),
+    (".ln_1.", ".input_layernorm."),
+    (".ln_2.", ".post_attention_layernorm."),
+    (".attn.", ".self_attn."),
+    (".c_attn.", ".qkv_proj."),
+    (".self_attn.c_proj.", ".self_attn.o_proj."),
+    (".mlp.c_fc.", ".mlp.up_proj."),
+    (".mlp.c_proj.", ".mlp.down_proj."),
+)
 _SILU = {"hidden_act": ("silu",)}
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("llama", "deci", fields=_SILU),
@@ -54,6 +83,18 @@ FAMILIES: Mapping[str, Family] = {
             "attention_bias": (False,),
         },
         norm_offset=1.0,
+    ),
+    "phi3": Family("phi3", "deci", "llama", _SILU, fuses=True),
+    "gpt2": Family(
+        "gpt2",
+        fields={
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+        },
+        names=_GPT2_NAMES,
+        fuses=True,
     ),
 }
 """By the model type of transformers."""
@@ -109,13 +150,11 @@ def describe(writer: Any, config: Any, sizes: Sizes) -> None:
     """
     head_dim = head_dim_of(config)
     writer.add_block_count(len(sizes.heads))
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(_context_of(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
     named = {
         writer.add_head_count: sizes.heads,
         writer.add_head_count_kv: sizes.key_value_heads,
@@ -123,46 +162,23 @@ def describe(writer: Any, config: Any, sizes: Sizes) -> None:
     }
     for add, counts in named.items():
         add(counts[0] if sizes.is_uniform else list(counts))
+    if config.model_type == "gpt2":
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(int(head_dim * rotary_fraction(config)))
+    if writer.arch == "phi3":
+        # llama.cpp refused Phi-3 without it; 0 is no window.
+        writer.add_sliding_window(config.sliding_window or 0)
     if config.model_type == "gemma3_text":
         _describe_gemma(writer, config, head_dim)
-    _describe_rope(writer, rope_of(config))
+    describe_rope(writer, config)
 
 
-def rope_of(config: Any) -> Mapping[str, Any]:
-    """The parameters of the rotary embeddings; of layers with full attention where there are two kinds.
-
-    Raises:
-        UnsupportedError: for a kind that is not written here.
-    """
-    parameters = config.rope_parameters
-    parameters = parameters.get("full_attention", parameters)
-    kind, turned = parameters.get("rope_type", "default"), parameters.get("partial_rotary_factor") or 1.0
-    if kind not in ("default", "linear", "llama3") or turned != 1.0:
-        raise UnsupportedError(
-            f"GGUF files are written for rotary embeddings of type default, linear and llama3 over whole heads, and this model "
-            f"has type '{kind}' over {turned:.0%} of a head"
-        )
-    return parameters
-
-
-def rope_factors(config: Any, model: Any) -> torch.Tensor | None:
-    """Divisors of the heads' frequencies in llama.cpp, [head_dim / 2]; None if these are plain or scaled linearly."""
-    rope = rope_of(config)
-    if rope.get("rope_type", "default") != "llama3":
-        return None
-    frequencies = model.model.rotary_emb.inv_freq.cpu()
-    steps = torch.arange(0, 2 * len(frequencies), 2, dtype=torch.float32) / (2 * len(frequencies))
-    return rope["rope_theta"] ** -steps / frequencies.float()
-
-
-def _describe_rope(writer: Any, rope: Mapping[str, Any]) -> None:
-    # gguf is an optional dependency.
-    from gguf import RopeScalingType
-
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
-    if rope.get("rope_type") == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
+def _context_of(config: Any) -> int:
+    """The tokens of the longest text; the graph 'phi3' has no sliding window, so its texts end where the window does."""
+    window = getattr(config, "sliding_window", None) if config.model_type == "phi3" else None
+    return min(config.max_position_embeddings, window or config.max_position_embeddings)
 
 
 def _describe_gemma(writer: Any, config: Any, head_dim: int) -> None:

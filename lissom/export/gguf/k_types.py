@@ -27,6 +27,8 @@ _CHUNK = 1 << 9
 """The number of blocks that are quantized at once: they stay in the processor's cache."""
 _LAYER = re.compile(r"blk\.(\d+)\.(attn_v|ffn_down)\.weight")
 _TABLES = ("token_embd.weight", "output.weight")
+_POSITIONS = "position_embd.weight"
+"""Not quantized in llama.cpp either."""
 _SMALL = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """The types of 32 weights a block that llama.cpp takes in place of K types."""
 _TINY = 1e-30
@@ -44,13 +46,16 @@ def type_of(name: str, columns: int, types: Types, layers: int) -> str | None:
     """The block type of a matrix of the file; blocks of 32 for rows of no whole blocks of 256, None for rows of none of 32.
 
     Args:
-        name: in the file. `_m` has embedding tables, LM heads and some `attn_v` and `ffn_down` in Q6_K, as llama.cpp.
+        name: in the file. `_m` has embedding tables, LM heads and some `attn_v` and `ffn_down` in Q6_K, and `attn_qkv` in the
+            type with one more bit, as llama.cpp. Learned positions stay as they are.
     """
-    if columns % 32:
+    if columns % 32 or name == _POSITIONS:
         return None
     kind, found = types.removesuffix("_m").upper(), _LAYER.fullmatch(name)
     if types.endswith("_m") and (name in _TABLES or (found and _gets_more_bits(int(found[1]), layers))):
         kind = "Q6_K"
+    if types.endswith("_m") and name.endswith("attn_qkv.weight"):
+        kind = "Q5_K" if kind == "Q4_K" else "Q6_K"
     return _SMALL[kind] if columns % 256 else kind
 
 

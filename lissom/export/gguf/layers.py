@@ -8,22 +8,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import tolerance_of
 from lissom.errors import UnsupportedError
 from lissom.export.checkpoint import error_of
-from lissom.export.gguf.families import Family, Sizes, head_dim_of
-from lissom.export.gguf.weights import Weight, padded, value_of
+from lissom.export.gguf.families import FULL_HEADS, Family, Sizes, head_dim_of
+from lissom.export.gguf.projections import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, assign, parameters_of, separated
+from lissom.export.gguf.rope import rotary_fraction
+from lissom.export.gguf.weights import Weight, padded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 LAYER = "model.layers.{}."
-_QUERY, _KEY, _VALUE, _OUTPUT = (f"self_attn.{name}_proj" for name in ("q", "k", "v", "o"))
-_GATE, _UP, _DOWN = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 _HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
 _FEWEST = 32
 """The neurons of a feed-forward of zeros: a whole block of every type."""
@@ -44,9 +43,9 @@ class Layers:
 
 
 def complete(
-    weights: Mapping[str, Weight], model: PreTrainedModel, config: PretrainedConfig, old: Mapping[str, str]
+    weights: Mapping[str, Weight], model: PreTrainedModel, config: PretrainedConfig, family: Family, old: Mapping[str, str]
 ) -> dict[str, Weight]:
-    """All weights of the model. A branch that was removed gets weights of zeros, in the smallest size.
+    """All weights of the model by the names of Llama. A branch that was removed gets weights of zeros, in the smallest size.
 
     Args:
         weights: of the program, by the names of the model that it leaves.
@@ -56,8 +55,10 @@ def complete(
         UnsupportedError: naming a weight that the program lacks.
     """
     with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in type(model)(copy.deepcopy(config)).named_parameters()}
-    completed, original = dict(weights), dict(model.named_parameters(remove_duplicate=False))
+        made = separated(parameters_of(type(model)(copy.deepcopy(config))), family)
+    shapes = {name: tuple(parameter.shape) for name, parameter in made.items()}
+    completed, own = separated(weights, family), parameters_of(model, every_name=True)
+    original = separated({new: own[name] for new, name in old.items() if name in own}, family)
     if config.tie_word_embeddings:
         table = completed.pop(_HEAD, None)
         if table is not None:
@@ -65,14 +66,17 @@ def complete(
         shapes.pop(_HEAD, None)
     for index in range(_count_of(config)):
         layer, head_dim = LAYER.format(index), head_dim_of(config)
-        branches = {(_QUERY, _KEY, _VALUE, _OUTPUT): head_dim, (_GATE, _UP, _DOWN): _FEWEST}
+        branches = {(QUERY, KEY, VALUE, OUTPUT): head_dim, (GATE, UP, DOWN): _FEWEST}
         for parts, size in branches.items():
-            if any(f"{layer}{part}.weight" not in completed for part in parts):
-                completed |= _zeros(layer, parts, size, shapes)
+            present = tuple(part for part in parts if f"{layer}{part}.weight" in shapes)
+            if any(f"{layer}{part}.weight" not in completed for part in present):
+                zeros, bias = _zeros(layer, present, size, shapes), f"{layer}{present[-1]}.bias"
+                # What is added for every input stays, where it has not become another constant.
+                completed |= zeros | {name: completed[name] for name in (bias,) if name in completed}
     for name in shapes.keys() - completed.keys():
         # Norms of branches that were removed.
-        if name.startswith(LAYER.partition("{")[0]) and name.endswith("norm.weight"):
-            completed[name] = original[old[name]].detach()
+        if name.startswith(LAYER.partition("{")[0]) and name.endswith(("norm.weight", "norm.bias")):
+            completed[name] = original[name]
     missing = min(shapes.keys() - completed.keys(), default=None)
     if missing is not None:
         raise UnsupportedError(f"the program of {type(model).__name__} has no weight for '{missing}', {list(shapes[missing])}")
@@ -99,14 +103,14 @@ def sizes_of(weights: Mapping[str, Weight], config: PretrainedConfig) -> Sizes:
     head_dim, by_layer = head_dim_of(config), list[tuple[int, int, int]]()
     for index in range(_count_of(config)):
         layer = LAYER.format(index)
-        features = [weights[f"{layer}{part}.weight"].shape[0] for part in (_QUERY, _KEY, _VALUE)]
+        features = [weights[f"{layer}{part}.weight"].shape[0] for part in (QUERY, KEY, VALUE)]
         heads, groups = features[0] // head_dim, features[1] // head_dim
-        if any(size % head_dim for size in features) or features[1] != features[2] or heads % groups:
+        if any(size % head_dim for size in features) or features[1] != features[2] or not groups or heads % groups:
             raise UnsupportedError(
                 f"llama.cpp reads whole heads of {head_dim} features, as many for each key/value head, and layer {index} has "
                 f"{features[0]}, {features[1]} and {features[2]} features in queries, keys and values; prune heads evenly"
             )
-        by_layer.append((heads, groups, weights[f"{layer}{_UP}.weight"].shape[0]))
+        by_layer.append((heads, groups, weights[f"{layer}{UP}.weight"].shape[0]))
     heads, groups, neurons = zip(*by_layer, strict=True)
     return Sizes(heads, groups, neurons)
 
@@ -117,11 +121,14 @@ def fit(weights: Mapping[str, Weight], sizes: Sizes, family: Family, config: Pre
     Raises:
         UnsupportedError: where padding would let query heads read other keys.
     """
-    if sizes.is_uniform:
-        return Layers(weights, sizes, _graph(family, sizes, config))
-    if family.by_layer is not None and _reads_each_layer(family.by_layer, weights, config):
+    if not sizes.is_uniform and family.by_layer is not None and _reads_each_layer(family.by_layer, weights, config):
         return Layers(weights, sizes, family.by_layer)
     wide, fitted = sizes.widest(), dict(weights)
+    architecture = _graph(family, wide, config)
+    if architecture in FULL_HEADS:
+        wide = _with_full_heads(wide, config)
+    if wide == sizes:
+        return Layers(weights, sizes, architecture)
     shared = {heads // groups for heads, groups in zip(sizes.heads, sizes.key_value_heads, strict=True) if heads > 1}
     if len(shared) > 1 or (shared and shared != {wide.heads[0] // wide.key_value_heads[0]}):
         raise UnsupportedError(
@@ -131,36 +138,59 @@ def fit(weights: Mapping[str, Weight], sizes: Sizes, family: Family, config: Pre
     head_dim = head_dim_of(config)
     for index in range(len(sizes.heads)):
         layer = LAYER.format(index)
-        rows = {_QUERY: wide.heads[0] * head_dim, _UP: wide.neurons[0], _GATE: wide.neurons[0]}
-        rows |= dict.fromkeys((_KEY, _VALUE), wide.key_value_heads[0] * head_dim)
+        rows = {QUERY: wide.heads[0] * head_dim, UP: wide.neurons[0], GATE: wide.neurons[0]}
+        rows |= dict.fromkeys((KEY, VALUE), wide.key_value_heads[0] * head_dim)
         for part, size in rows.items():
             weight, bias = f"{layer}{part}.weight", f"{layer}{part}.bias"
+            if weight not in fitted:
+                continue
             fitted[weight] = padded(fitted[weight], (size, fitted[weight].shape[1]))
             if bias in fitted:
                 fitted[bias] = padded(fitted[bias], (size,))
-        for part, size in ((_OUTPUT, wide.heads[0] * head_dim), (_DOWN, wide.neurons[0])):
+        for part, size in ((OUTPUT, wide.heads[0] * head_dim), (DOWN, wide.neurons[0])):
             weight = f"{layer}{part}.weight"
             fitted[weight] = padded(fitted[weight], (fitted[weight].shape[0], size))
-    return Layers(fitted, wide, _graph(family, wide, config))
+    return Layers(fitted, wide, architecture)
 
 
 def _graph(family: Family, sizes: Sizes, config: Any) -> str:
     """The graph for layers of one width."""
     narrower = sizes.heads[0] * head_dim_of(config) != config.hidden_size
-    return family.other_heads if narrower and family.other_heads is not None else family.architecture
+    if not narrower or family.other_heads is None or not _turns_whole_heads(family, config):
+        return family.architecture
+    return family.other_heads
+
+
+def _turns_whole_heads(family: Family, config: Any) -> bool:
+    """False for rotary embeddings over a part of each head, for which the graphs of Llama have no room."""
+    return family.architecture != "phi3" or rotary_fraction(config) == 1.0
+
+
+def _with_full_heads(sizes: Sizes, config: Any) -> Sizes:
+    """As many heads as fill the residual stream, in the same groups. Raises UnsupportedError if these do not fill it."""
+    heads, groups = sizes.heads[0], sizes.key_value_heads[0]
+    full = config.hidden_size // head_dim_of(config)
+    if full * groups % heads:
+        raise UnsupportedError(
+            f"llama.cpp reads heads as wide as the residual stream, which are {full}; groups of {heads // groups} query heads "
+            f"for each key/value head do not divide them"
+        )
+    count = len(sizes.heads)
+    return Sizes((full,) * count, (full * groups // heads,) * count, sizes.neurons)
 
 
 def _reads_each_layer(architecture: str, weights: Mapping[str, Weight], config: PretrainedConfig) -> bool:
     """True if the graph for several widths has room for these weights: `deci` has no biases, `openelm` ties its LM head."""
     if architecture == "openelm":
         return bool(config.tie_word_embeddings)
-    return not any(name.endswith(".bias") for name in weights)
+    return not any(name.endswith(".bias") for name in weights) and rotary_fraction(config) == 1.0
 
 
 def confirm(
     program: Program,
     model: PreTrainedModel,
     config: PretrainedConfig,
+    family: Family,
     weights: Mapping[str, Weight],
     sizes: Sizes,
     example: Sample,
@@ -169,15 +199,15 @@ def confirm(
     """Compare the program with the model's layers at these weights and sizes. Raises UnsupportedError if they differ."""
     with torch.device("meta"):
         made: Any = type(model)(copy.deepcopy(config)).eval()
-    for name, weight in weights.items():
-        _assign(made, name, nn.Parameter(value_of(weight), requires_grad=False))
+    assign(made, weights, family)
     if config.tie_word_embeddings:
-        made.lm_head.weight = made.model.embed_tokens.weight
+        made.lm_head.weight = made.get_input_embeddings().weight
     buffers = dict(model.named_buffers())
     for name, _ in list(made.named_buffers()):
-        _assign(made, name, buffers[old.get(name, name)])
-    for layer, heads, groups in zip(made.model.layers, sizes.heads, sizes.key_value_heads, strict=True):
-        layer.self_attn.num_key_value_groups = heads // groups
+        path, _, leaf = name.rpartition(".")
+        setattr(made.get_submodule(path), leaf, buffers[old.get(name, name)])
+    for index, (heads, groups) in enumerate(zip(sizes.heads, sizes.key_value_heads, strict=True)):
+        _set_heads(made.get_submodule(family.own_name(f"{LAYER.format(index)}self_attn.").removesuffix(".")), heads, groups)
     error = error_of(made, program, example)
     if not error <= tolerance_of(program):
         raise UnsupportedError(
@@ -187,6 +217,11 @@ def confirm(
         )
 
 
-def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(path), leaf, tensor)
+def _set_heads(attention: Any, heads: int, groups: int) -> None:
+    """Give an attention of transformers another number of heads and key/value heads."""
+    attention.num_key_value_groups = heads // groups
+    if hasattr(attention, "qkv_proj"):
+        attention.config = copy.deepcopy(attention.config)
+        attention.config.num_attention_heads, attention.num_key_value_heads = heads, groups
+    if hasattr(attention, "c_attn"):
+        attention.split_size = [count * attention.head_dim for count in (heads, groups, groups)]

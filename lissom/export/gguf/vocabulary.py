@@ -28,6 +28,9 @@ _SPLITS: Mapping[tuple[str, ...], str] = {
 """llama.cpp's names for the first split of a text, by the pre-tokenizers of transformers."""
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE_TOKEN = 1, 2, 3, 4, 5, 6
 """gguf.TokenType."""
+_PHI = re.compile(r"phi-?3", re.IGNORECASE)
+"""In files whose name matches, llama.cpp drops spaces after all added tokens except these."""
+_KEEP_SPACES = frozenset(("<unk>", "<s>", "<|endoftext|>"))
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,17 @@ class Vocabulary:
 
     Attributes:
         fields: metadata by its key, such as `tokenizer.ggml.model`, with the value's type and the type of an array's items.
+        drops_spaces: spaces after added tokens are dropped, as in Phi-3.
     """
 
     fields: Mapping[str, tuple[Any, ...]]
+    drops_spaces: bool = False
+
+    def name_of_file(self, name: str) -> str:
+        """The name with which llama.cpp treats spaces as the tokenizer does. Without this, it fails on other vocabularies."""
+        if self.drops_spaces:
+            return name if _PHI.search(name) else f"Phi-3 {name}"
+        return _PHI.sub("Phi", name)
 
     def write(self, writer: Any) -> None:
         """Write the metadata.
@@ -113,7 +124,8 @@ def _from_file(file: Path, rows: int) -> Vocabulary:
     count = len(fields["tokenizer.ggml.tokens"][0]) if "tokenizer.ggml.tokens" in fields else 0
     if count != rows:
         raise UnsupportedError(f"{file} has {count} tokens, and the model's embedding table {rows} rows; pass tokenizer=")
-    return Vocabulary(fields)
+    name = reader.fields.get("general.name")
+    return Vocabulary(fields, name is not None and _PHI.search(str(name.contents())) is not None)
 
 
 def _from_tokenizer(tokenizer: Any, stored: Mapping[str, Any], rows: int) -> Vocabulary:
@@ -158,7 +170,13 @@ def _from_tokenizer(tokenizer: Any, stored: Mapping[str, Any], rows: int) -> Voc
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, str):
         named["tokenizer.chat_template"] = (template, Type.STRING)
-    return Vocabulary(named)
+    return Vocabulary(named, _drops_spaces(stored, tokens.texts))
+
+
+def _drops_spaces(stored: Mapping[str, Any], texts: Sequence[str]) -> bool:
+    added = {token["content"]: bool(token["rstrip"]) for token in stored.get("added_tokens", [])}
+    known = {"</s>", *_KEEP_SPACES} <= set(texts)
+    return known and all(dropped == (text not in _KEEP_SPACES) for text, dropped in added.items())
 
 
 def _split(stored: Mapping[str, Any]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ The layout is that of ggml (ggml-common.h), github.com/ggml-org/ggml.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,21 @@ def value_of(weight: Weight) -> torch.Tensor:
     return weight.value() if weight.exact is None else in_floating_point(weight.exact)
 
 
+def rows_of(weight: Weight, rows: slice) -> Weight:
+    """Some rows of the weight."""
+    if not isinstance(weight, Blocks):
+        return weight[rows]
+    exact = weight.exact
+    if exact is not None:
+        # Scales may be one for all rows.
+        scale = exact.scale if exact.scale.dim() == 0 or len(exact.scale) == 1 else exact.scale[rows]
+        zero_point = exact.zero_point
+        if zero_point is not None and zero_point.dim() and len(zero_point) > 1:
+            zero_point = zero_point[rows]
+        exact = StoredBlocks(exact.q[rows], scale, zero_point, exact.format)
+    return Blocks(weight.kind, weight.data[rows], exact)
+
+
 def with_rows(weight: Weight, order: torch.Tensor) -> Weight:
     """The weight with its rows in another order."""
     return Blocks(weight.kind, weight.data[order]) if isinstance(weight, Blocks) else weight[order]
@@ -95,18 +110,23 @@ def _enlarged(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return enlarged
 
 
-def read_weights(program: Program, model: nn.Module, norm_offset: float) -> dict[str, Weight]:
-    """The program's weights by the model's names; those that it dequantizes in blocks where there is a type for them.
+def read_weights(program: Program, model: nn.Module, norm_offset: float, transposed: Collection[str] = ()) -> dict[str, Weight]:
+    """The program's weights by the model's names, matrices [out, in].
+
+    Those that it dequantizes are in blocks where there is a type for them.
 
     Args:
         program: with its quantized weights folded. A weight with the values that the model's GGUF file stores is in its blocks.
         norm_offset: what the model adds to the weights of norms, which `fold-constants` adds at compile time.
+        transposed: the names of weights that the model has as [in, out].
     """
     originals = dict(model.named_parameters(remove_duplicate=False))
-    weights: dict[str, Weight] = {name: weight.detach().cpu() for name, weight in program.weights().items()}
+    plain = {name: weight.detach().cpu() for name, weight in program.weights().items()}
+    weights: dict[str, Weight] = {name: weight.T if name in transposed else weight for name, weight in plain.items()}
     for weight in quantized_weights(program):
         if weight.order is None:
-            weights[weight.name] = blocks_of(weight.stored) or in_floating_point(weight.stored)
+            stored = _transposed(weight.stored) if weight.name in transposed else weight.stored
+            weights[weight.name] = blocks_of(stored) or in_floating_point(stored)
         else:
             weights[weight.name] = in_floating_point(weight.stored)[:, weight.order.argsort()]
     for node in program.nodes(torch.ops.aten.rms_norm.default):
@@ -115,8 +135,16 @@ def read_weights(program: Program, model: nn.Module, norm_offset: float) -> dict
             weights[f"{nodes.origin(node).module_path}.weight"] = program.weight(str(scale.target)).detach().cpu() - norm_offset
     for name, weight in weights.items():
         stored = stored_form(originals[name]) if name in originals else None
-        weights[name] = weight if not isinstance(stored, StoredWeight) else _as_in_file(stored, weight) or weight
+        if isinstance(stored, StoredWeight) and stored.transposed == (name in transposed):
+            weights[name] = _as_in_file(stored, weight) or weight
     return weights
+
+
+def _transposed(stored: StoredBlocks) -> StoredBlocks:
+    """The transposed weight. Scales of a whole weight have no dimension to transpose."""
+    if stored.scale.dim():
+        return stored.transposed()
+    return StoredBlocks(stored.q.T.contiguous(), stored.scale, stored.zero_point, stored.format)
 
 
 def blocks_of(stored: StoredBlocks) -> Blocks | None:
@@ -176,7 +204,7 @@ def _by_block(values: torch.Tensor, rows: int, blocks: int) -> torch.Tensor | No
 
 def _as_in_file(stored: StoredWeight, weight: Weight) -> Blocks | None:
     """The blocks of the file that the model was read from; None where the weight has other values now."""
-    if stored.transposed or tuple(weight.shape) != (stored.rows, stored.columns):
+    if tuple(weight.shape) != (stored.rows, stored.columns):
         return None
     data = stored.blocks.view(stored.rows, -1)
     original = Blocks(stored.kind, data if stored.order is None else data[stored.order])

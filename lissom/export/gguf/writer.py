@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -21,9 +22,11 @@ from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import UnsupportedError
 from lissom.export.checkpoint import kept_layers
-from lissom.export.gguf.families import INTERLEAVED, describe, family_of, head_dim_of, rope_factors, rope_of
+from lissom.export.gguf.families import INTERLEAVED, describe, family_of, head_dim_of
 from lissom.export.gguf.k_types import Types, check_types, quantized, type_of
 from lissom.export.gguf.layers import LAYER, Layers, complete, confirm, fit, sizes_of
+from lissom.export.gguf.projections import GATE, KEY, QUERY, UP, VALUE, transposed_weights
+from lissom.export.gguf.rope import rope_factors, rope_of
 from lissom.export.gguf.vocabulary import read_vocabulary
 from lissom.export.gguf.weights import Blocks, Weight, joined, read_weights, with_rows
 from lissom.io.files import check_writable, writing_whole
@@ -36,7 +39,15 @@ if TYPE_CHECKING:
 Dtype = Literal["f32", "f16", "bf16"]
 _DTYPES: Mapping[torch.dtype, Dtype] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _TORCH = {name: dtype for dtype, name in _DTYPES.items()}
-_FUSED = tuple(f"self_attn.{name}_proj.weight" for name in ("q", "k", "v"))
+_QKV = {"attn_qkv": (QUERY, KEY, VALUE)}
+_FUSED_IN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "openelm": _QKV,
+    "gpt2": _QKV,
+    "phi3": {**_QKV, "ffn_up": (GATE, UP)},
+}
+"""The tensors of a graph that hold the rows of several projections."""
+_POSITIONS = "position_embd.weight"
+"""The table that llama.cpp's own converter leaves in float32 too."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +112,20 @@ def write_gguf(
     rows = int(table.weight.shape[0]) if program.vocabulary is None else len(program.vocabulary.kept)
     vocabulary = read_vocabulary(tokenizer, str(config._name_or_path or "") or None, rows)
     program = _folded(program, example)
-    program_weights = read_weights(program, model, family.norm_offset)
+    program_weights = read_weights(program, model, family.norm_offset, transposed_weights(model))
     names, config = kept_layers(program_weights, model)
     config = renumbered_config(config, program)
     old = {new: name for name, new in names.items()}
-    weights = complete({names[name]: weight for name, weight in program_weights.items() if name in names}, model, config, old)
+    kept = {names[name]: weight for name, weight in program_weights.items() if name in names}
+    weights = complete(kept, model, config, family, old)
     sizes = sizes_of(weights, config)
-    confirm(program, model, config, weights, sizes, example, old)
+    confirm(program, model, config, family, weights, sizes, example, old)
     layers = fit(weights, sizes, family, config)
     writer: Any = gguf.GGUFWriter(None, layers.architecture)
-    writer.add_name(program.name)
+    writer.add_name(vocabulary.name_of_file(program.name))
     describe(writer, config, layers.sizes)
     vocabulary.write(writer)
-    factors = rope_factors(config, model)
-    tensors = _tensors(gguf, layers, family.norm_offset, head_dim_of(config), factors)
+    tensors = _tensors(gguf, layers, family.norm_offset, head_dim_of(config), rope_factors(config, model))
     if types is not None:
         tensors = {name: _quantizer(name, make, types, len(sizes.heads)) for name, make in tensors.items()}
     written = _write(gguf, writer, tensors, path, dtype)
@@ -134,24 +145,21 @@ def _folded(program: Program, example: Sample) -> Program:
 
 
 def _tensors(
-    gguf: Any, layers: Layers, norm_offset: float, head_dim: int, factors: torch.Tensor | None
+    gguf: Any, layers: Layers, norm_offset: float, head_dim: int, factors: Mapping[str, torch.Tensor]
 ) -> dict[str, Callable[[], Weight]]:
     """The tensors of the file by their names, made when they are written."""
-    count = len(layers.sizes.heads)
-    named = gguf.get_tensor_name_map(gguf.MODEL_ARCH[layers.architecture.upper()], count)
-    tensors: dict[str, Callable[[], Weight]] = {}
-    if factors is not None:
-        tensors["rope_freqs.weight"] = lambda: factors
-    fused = layers.architecture == "openelm"
-    for name, weight in layers.weights.items():
-        if fused and name.endswith(_FUSED):
-            continue
+    named = gguf.get_tensor_name_map(gguf.MODEL_ARCH[layers.architecture.upper()], len(layers.sizes.heads))
+    tensors: dict[str, Callable[[], Weight]] = {name: lambda factor=factor: factor for name, factor in factors.items()}
+    weights, fused = dict(layers.weights), _FUSED_IN.get(layers.architecture, {})
+    for index, (tensor, parts), leaf in product(range(len(layers.sizes.heads)), fused.items(), ("weight", "bias")):
+        names = [f"{LAYER.format(index)}{part}.{leaf}" for part in parts]
+        whole = [weights.pop(name) for name in names if name in weights]
+        if whole:
+            tensors[f"blk.{index}.{tensor}.{leaf}"] = lambda whole=whole: joined(whole)
+    for name, weight in weights.items():
         tensors[named.get_name(name, try_suffixes=(".weight", ".bias"))] = _maker(
             name, weight, norm_offset, head_dim, interleaved=layers.architecture in INTERLEAVED
         )
-    for index in range(count if fused else 0):
-        parts = [layers.weights[LAYER.format(index) + name] for name in _FUSED]
-        tensors[f"blk.{index}.attn_qkv.weight"] = lambda parts=parts: joined(parts)
     return tensors
 
 
@@ -225,7 +233,7 @@ def encoded(name: str, weight: Weight, dtype: Dtype | None) -> tuple[str, np.nda
     if isinstance(weight, Blocks):
         return weight.kind.name, weight.data.numpy()
     wanted = _TORCH[dtype] if dtype is not None else weight.dtype
-    if weight.dim() < 2 or wanted not in _DTYPES:
+    if weight.dim() < 2 or name == _POSITIONS or wanted not in _DTYPES:
         wanted = torch.float32
     data = weight.to(wanted).contiguous()
     if not bool(data.isfinite().all()):

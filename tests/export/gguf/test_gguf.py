@@ -192,7 +192,7 @@ def test_what_no_file_says_is_refused(passes, sentence, tmp_path):
     [
         ("llama", {"hidden_act": "gelu"}, "the graph 'llama' of llama.cpp has hidden_act='silu', and this model 'gelu'"),
         ("mistral", {"sliding_window": 8}, "has sliding_window=None, and this model 8"),
-        ("bert", {}, "GGUF files are written for models of type llama, mistral, qwen2, qwen3, gemma3_text"),
+        ("bert", {}, "GGUF files are written for models of type llama, mistral, qwen2, qwen3, gemma3_text, phi3, gpt2"),
     ],
 )
 def test_models_that_llama_cpp_computes_otherwise_are_refused(family, fields, sentence):
