@@ -22,7 +22,7 @@ from lissom.export.compressed_tensors.writer import CompressedCheckpoint, write_
 from lissom.export.genai.writer import GenaiFolder, write_genai
 from lissom.export.gguf.k_types import Types
 from lissom.export.gguf.writer import Dtype, GgufFile, write_gguf
-from lissom.export.openvino_folder import OpenVinoFolder, write_openvino
+from lissom.export.openvino.folder import OpenVinoFolder, write_openvino
 from lissom.export.pt2 import Pt2Package, write_pt2
 from lissom.export.tp_plan.writer import TpPlan, write_tp_plan
 from lissom.frontends.models.adapters import with_merged_adapters

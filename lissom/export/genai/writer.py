@@ -24,19 +24,8 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.errors import UnsupportedError
-from lissom.export.genai.families import (
-    ATTENTION_MASK,
-    CONFIG,
-    INPUT_IDS,
-    LOGITS,
-    PAST,
-    POSITION_IDS,
-    PRESENT,
-    Layer,
-    configuration,
-    context_length,
-    type_of,
-)
+from lissom.export.causal_lm.names import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT, Layer
+from lissom.export.genai.families import CONFIG, configuration, context_length, type_of
 from lissom.export.genai.reload import Generated, generate
 
 if TYPE_CHECKING:
