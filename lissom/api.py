@@ -22,6 +22,7 @@ from lissom.export.compressed_tensors.writer import CompressedCheckpoint, write_
 from lissom.export.genai.writer import GenaiFolder, write_genai
 from lissom.export.gguf.k_types import Types
 from lissom.export.gguf.writer import Dtype, GgufFile, write_gguf
+from lissom.export.openvino.decoder_folder import is_decoder, write_openvino_decoder
 from lissom.export.openvino.folder import OpenVinoFolder, write_openvino
 from lissom.export.pt2 import Pt2Package, write_pt2
 from lissom.export.tp_plan.writer import TpPlan, write_tp_plan
@@ -280,6 +281,9 @@ class Optimized:
         if tokenizer is not None and facts is not None:
             check_tokenizer(self.program, facts.main_input, tokenizer)
         tokenizer = saved_tokenizer(self.program, tokenizer, source)
+        if is_decoder(model):
+            check_original_ids_unmapped(self.program, "an IR for openvino-genai")
+            return write_openvino_decoder(self.program, model, self._example, check_path(directory), tokenizer, processor)
         return write_openvino(self.program, self._example, check_path(directory), facts, tokenizer, processor)
 
     def _own_tokenizer(self, what: str, tokenizer: Saveable | None, model: Any) -> Saveable | None:

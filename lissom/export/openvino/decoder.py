@@ -6,8 +6,9 @@ input_ids, position_ids: [batch, tokens], the new tokens. attention_mask: [batch
 [batch], the row of the previous call that each row continues. The keys and values of a layer are [batch, key heads, tokens so
 far, head_dim], and none after `reset_state`.
 
-Attention is OpenVINO's `ScaledDotProductAttention`, with softcapping a softmax between matrix products. The mask is computed
-from the number of tokens and from attention_mask.
+The mask is computed from the number of tokens and from attention_mask. Attention is OpenVINO's `ScaledDotProductAttention` where
+every layer is causal alone. For it openvino-genai can put paged attention, which ignores the mask (OpenVINO 2026.4), so decoders
+with a sliding window or with softcapping in some layer have matrix products and a softmax in all, which keep theirs.
 """
 
 from __future__ import annotations
@@ -42,8 +43,6 @@ RUNTIME = Runtime("openvino-genai", "OpenVINO", "attention over a KV cache of Op
 CACHE_PRECISION = ("runtime_options", "KV_CACHE_PRECISION")
 """Where an IR says the precision of its KV cache; OpenVINO's own default is u8."""
 _PAST_TOKENS = "past_sequence_length"
-_HIDDEN = float(np.finfo(np.float32).min) / 2
-"""Finite, so that softmax of a fully masked row is not NaN."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,9 @@ def _add_cache(model: ir.Model, mask: ir.Value, batch: int | ir.SymbolicDim) -> 
     i = write.call("Unsqueeze", write.counted(write.call("Sub", total, new), total), 1)
     j = write.call("Unsqueeze", write.counted(0, total), 0)
     visible: dict[int | None, ir.Value] = {}
-    for node in attentions:
-        window = window_of(Sparse.of_pattern(model, node).pattern)
-        if window in visible:
-            continue
+    sites = [Sparse.of_pattern(model, node) for node in attentions]
+    fused = not any(site.softcap for site in sites) and all(window_of(site.pattern) is None for site in sites)
+    for window in dict.fromkeys(window_of(site.pattern) for site in sites):
         seen = write.call("LessOrEqual", j, i)
         if window is not None:
             seen = write.every(seen, write.call("Greater", j, write.call("Sub", i, window)))
@@ -111,16 +109,24 @@ def _add_cache(model: ir.Model, mask: ir.Value, batch: int | ir.SymbolicDim) -> 
         visible[window].type = ir.TensorType(ir.DataType.BOOL)
         visible[window].shape = ir.Shape([batch, 1, *shape_of(inputs[INPUT_IDS])[1:], TOTAL])
     model.graph.insert_before(attentions[0], write.nodes)
-    return [_with_cache(model, node, index, visible, batch) for index, node in enumerate(attentions)]
+    layers: list[Layer] = []
+    for index, (node, site) in enumerate(zip(attentions, sites, strict=True)):
+        heads, key_heads, width = fixed_size(site.q, 1), fixed_size(site.k, 1), fixed_size(site.k, 3)
+        layers.append(Layer(heads, key_heads, width, window_of(site.pattern)))
+        _with_cache(node, site, index, visible[layers[-1].window], fused)
+    return layers
 
 
-def _with_cache(
-    model: ir.Model, node: ir.Node, index: int, visible: dict[int | None, ir.Value], batch: int | ir.SymbolicDim
-) -> Layer:
-    site = Sparse.of_pattern(model, node)
+def _with_cache(node: ir.Node, site: Sparse, index: int, visible: ir.Value, fused: bool) -> None:
+    """Replace an attention with one over past and new keys and values.
+
+    Args:
+        visible: boolean, [batch, 1, new tokens, all tokens].
+        fused: as one operator.
+    """
     write, call = site.write, site.write.call
-    heads, key_heads, width = fixed_size(site.q, 1), fixed_size(site.k, 1), fixed_size(site.k, 3)
-    window, dtype = window_of(site.pattern), site.q.dtype
+    model, dtype, batch = write.model, site.q.dtype, shape_of(visible)[0]
+    key_heads, width = fixed_size(site.k, 1), fixed_size(site.k, 3)
     assert dtype is not None
     operands: list[ir.Value] = []
     for new, past_name, name in zip((site.k, site.v), PAST, PRESENT, strict=True):
@@ -130,15 +136,14 @@ def _with_cache(
         present.shape = ir.Shape([batch, key_heads, TOTAL, width])
         model.graph.outputs.append(present)
         operands.append(present)
-    if site.softcap:
-        options = {"scale": site.scale, "softcap": site.softcap, "causal": 0, "zeros": 1}
-        result = write.op(ATTENTION, [site.q, *operands, visible[window]], options, domain=DOMAIN)
-    else:
-        bias = call("Where", visible[window], site.number(0.0), site.number(_HIDDEN))
-        whole = (_repeated(write, value, heads // key_heads) for value in operands)
+    if fused:
+        bias = call("Where", visible, site.number(0.0), site.number(site.floor))
+        whole = (_repeated(write, value, fixed_size(site.q, 1) // key_heads) for value in operands)
         result = call("Attention", site.q, *whole, bias, scale=site.scale)
+    else:
+        options = {"scale": site.scale, "softcap": site.softcap, "causal": 0, "zeros": 1}
+        result = write.op(ATTENTION, [site.q, *operands, visible], options, domain=DOMAIN)
     write.replace(node, result)
-    return Layer(heads, key_heads, width, window)
 
 
 def _repeated(write: Writer, value: ir.Value, times: int) -> ir.Value:
