@@ -50,7 +50,7 @@ def causal(program: Program, example: Sample, runtime: Runtime) -> Program:
         reasons = {skip.node: skip.reason for skip in history.steps[-1].skipped}
         where = nodes.origin(left[0]).module_path or left[0].name
         raise UnsupportedError(
-            f"the attention of {program.name} in '{where}' cannot be {runtime.attention}: "
+            f"the attention of {program.name} in '{where}' cannot {runtime.attention}: "
             f"{reasons.get(left[0].name, 'it is no causal attention')}"
         )
     return found
@@ -156,8 +156,6 @@ def only_logits(model: ir.Model, runtime: Runtime) -> ir.Value:
         model.graph.outputs.remove(value)
     logits = model.graph.outputs[0]
     if logits.name != LOGITS or len(shape_of(logits)) != 3:
-        raise UnsupportedError(
-            f"the program does not return logits for each token, from which {runtime.name} takes the next"
-        )
+        raise UnsupportedError(f"the program does not return logits for each token, from which {runtime.name} takes the next")
     fixed_size(logits, -1)
     return logits

@@ -31,7 +31,7 @@ class Runtime:
     Attributes:
         name: of the library.
         engine: of the library that it runs graphs with.
-        attention: its operator or form of attention, as in "cannot be ...".
+        attention: what an attention has to do there, after "cannot".
     """
 
     name: str

@@ -37,7 +37,7 @@ TYPES: Mapping[str, str] = {
 SHORTEST = 16
 """The tokens of a text that is compared at least."""
 MODEL, CONFIG = "model.onnx", "genai_config.json"
-RUNTIME = Runtime("ONNX Runtime GenAI", "ONNX Runtime", "GroupQueryAttention of ONNX Runtime")
+RUNTIME = Runtime("ONNX Runtime GenAI", "ONNX Runtime", "be GroupQueryAttention of ONNX Runtime")
 
 
 def type_of(model: PreTrainedModel) -> str:

@@ -2,13 +2,13 @@
 
     logits = decoder(input_ids, attention_mask, position_ids, beam_idx)
 
-input_ids, position_ids: [batch, tokens], the new tokens. attention_mask: [batch, all tokens so far], zero for padding. beam_idx:
-[batch], the row of the previous call that each row continues. The keys and values of a layer are [batch, key heads, tokens so
-far, head_dim], and none after `reset_state`.
+input_ids, position_ids: [batch, tokens], the new tokens. attention_mask: [batch, all tokens so far], zero for padding.
+beam_idx: [batch], the row of the previous call that each row continues. The keys and values of a layer are [batch, key heads,
+tokens so far, head_dim], and none after `reset_state`.
 
-The mask is computed from the number of tokens and from attention_mask. Attention is OpenVINO's `ScaledDotProductAttention` where
-every layer is causal alone. For it openvino-genai can put paged attention, which ignores the mask (OpenVINO 2026.4), so decoders
-with a sliding window or with softcapping in some layer have matrix products and a softmax in all, which keep theirs.
+The mask is computed from the number of tokens and from attention_mask. Attention is OpenVINO's `ScaledDotProductAttention`
+where every layer is causal without a window. openvino-genai replaces that operator by paged attention, which ignores the mask
+(OpenVINO 2026.4). Decoders with a sliding window or softcapping in a layer therefore have matrix products and a softmax in all.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.export.causal_lm.attention import window_of
 from lissom.export.causal_lm.graph import TOTAL, add_input, causal, export, only_logits, take_mask, take_positions
-from lissom.export.causal_lm.names import ATTENTION_MASK, INPUT_IDS, PAST, POSITION_IDS, PRESENT, Layer, Runtime
+from lissom.export.causal_lm.names import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT, Layer, Runtime
 
 BEAM_IDX = "beam_idx"
-RUNTIME = Runtime("openvino-genai", "OpenVINO", "attention over a KV cache of OpenVINO")
+RUNTIME = Runtime("openvino-genai", "OpenVINO", "have a KV cache in OpenVINO")
 CACHE_PRECISION = ("runtime_options", "KV_CACHE_PRECISION")
 """Where an IR says the precision of its KV cache; OpenVINO's own default is u8."""
 _PAST_TOKENS = "past_sequence_length"
@@ -73,19 +73,32 @@ def write_decoder(program: Program, example: Sample, path: Path) -> Decoder:
     mask = take_mask(exported, batch)
     texts = take_positions(exported, batch) and not isinstance(batch, int)
     layers = _add_cache(exported, mask, batch)
-    vocabulary = fixed_size(only_logits(exported, RUNTIME), -1)
+    vocabulary = _take_logits(exported)
     with refused(program):
         write_out_softplus(exported)
         found = quantized_layers(exported)
         model = write_variant(exported, [RMS_NORMS], standard=True)[0]
         quantized = Quantized([quantized_layer(model, layer, False) for layer in found], 0)
         converted = read_onnx(program, model)
-        _keep_nan(converted)
+        _read_attention(converted)
         _make_stateful(converted, len(layers), texts)
         converted.set_rt_info("0", list(GROUP_SIZE))
         converted.set_rt_info("f32", list(CACHE_PRECISION))
         openvino.save_model(converted, path, compress_to_fp16=False)
     return Decoder(layers, quantized, vocabulary, texts)
+
+
+def _take_logits(model: ir.Model) -> int:
+    """Return logits in float32, which openvino-genai reads, and no other outputs; the number of them."""
+    logits = only_logits(model, RUNTIME)
+    if logits.dtype != ir.DataType.FLOAT:
+        write = Writer(model)
+        logits.name = f"{LOGITS}_{logits.dtype}"
+        cast = write.call("Cast", logits, to=int(ir.DataType.FLOAT))
+        cast.name, cast.shape, cast.type = LOGITS, logits.shape, ir.TensorType(ir.DataType.FLOAT)
+        model.graph.extend(write.nodes)
+        model.graph.outputs[0] = cast
+    return fixed_size(logits, -1)
 
 
 def _add_cache(model: ir.Model, mask: ir.Value, batch: int | ir.SymbolicDim) -> list[Layer]:
@@ -128,14 +141,18 @@ def _with_cache(node: ir.Node, site: Sparse, index: int, visible: ir.Value, fuse
     model, dtype, batch = write.model, site.q.dtype, shape_of(visible)[0]
     key_heads, width = fixed_size(site.k, 1), fixed_size(site.k, 3)
     assert dtype is not None
+    # OpenVINO assigns float16 to state only where its own attention reads it.
+    kept = dtype if fused else ir.DataType.FLOAT
     operands: list[ir.Value] = []
     for new, past_name, name in zip((site.k, site.v), PAST, PRESENT, strict=True):
-        past = add_input(model, past_name.format(index), dtype, batch, key_heads, _PAST_TOKENS, width)
-        present = call("Concat", past, new, axis=2)
-        present.name, present.type = name.format(index), ir.TensorType(dtype)
+        past = add_input(model, past_name.format(index), kept, batch, key_heads, _PAST_TOKENS, width)
+        present = call("Concat", past, new if kept == dtype else call("Cast", new, to=int(kept)), axis=2)
+        present.name, present.type = name.format(index), ir.TensorType(kept)
         present.shape = ir.Shape([batch, key_heads, TOTAL, width])
         model.graph.outputs.append(present)
-        operands.append(present)
+        operand = present if kept == dtype else call("Cast", present, to=int(dtype))
+        operand.type, operand.shape = ir.TensorType(dtype), present.shape
+        operands.append(operand)
     if fused:
         bias = call("Where", visible, site.number(0.0), site.number(site.floor))
         whole = (_repeated(write, value, fixed_size(site.q, 1) // key_heads) for value in operands)
@@ -156,8 +173,8 @@ def _repeated(write: Writer, value: ir.Value, times: int) -> ir.Value:
     return write.shaped(spread, 0, key_heads * times, -1, width)
 
 
-def _keep_nan(model: openvino.Model) -> None:
-    """Read attention itself where OpenVINO's frontend puts zeros for NaN, of rows without a visible key, which are none here."""
+def _read_attention(model: openvino.Model) -> None:
+    """Remove the replacement of NaN by zeros that OpenVINO's frontend adds to attention: with a finite mask there are none."""
     for node in model.get_ops():
         if node.get_type_name() != "Select":
             continue

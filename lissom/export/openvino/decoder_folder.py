@@ -38,7 +38,9 @@ _TOKENS, _STEPS, _PADDING = 16, 8, 3
 """The tokens of a text that is compared, those generated after it, and by how many a second text is shorter."""
 _LONGEST_WINDOW = 1024
 """The largest sliding window beyond which a text is compared."""
-_PIPELINES = [{"INFERENCE_PRECISION_HINT": "f32"} | options for options in ({}, {"ATTENTION_BACKEND": "SDPA"})]
+_F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+"""For programs in bfloat16 too: OpenVINO would compute rotary angles in it."""
+_PIPELINES = (_F32, _F32 | {"ATTENTION_BACKEND": "SDPA"})
 """Options of openvino-genai. By default it pages the attention of an IR that lets it; the other option leaves it as it is."""
 _TEXT = "The quick brown fox jumps over 13 lazy dogs."
 
@@ -97,11 +99,14 @@ def write_openvino_decoder(
     def write(folder: Path) -> None:
         decoder = write_decoder(program, example, folder / IR)
         size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
-        error, notes = _compare(program, decoder, folder / IR, _texts(model, decoder))
-        write_model_files(folder, Facts.of(model), tokenizer, processor)
+        texts = _texts(model, decoder)
+        compared = _compare(program, decoder, folder / IR, texts)
+        facts = Facts.of(model)
+        assert facts is not None
+        write_model_files(folder, facts, tokenizer, processor)
         model.generation_config.save_pretrained(str(folder))
-        notes = (*notes, *_generated(program, model, decoder, folder), *_of_length(model))
-        written.append(OpenVinoDecoderFolder(size, error, notes, decoder.layers, decoder.texts))
+        notes = (*compared.notes, *_generated(program, texts, folder), *_of_texts(model))
+        written.append(OpenVinoDecoderFolder(size, compared.error, notes, decoder.layers, decoder.texts))
 
     write_directory(directory, write)
     return written[0]
@@ -121,20 +126,33 @@ def _texts(model: PreTrainedModel, decoder: Decoder) -> list[torch.Tensor]:
     return [ids[0], ids[1, _PADDING:]] if decoder.texts else [ids[0]]
 
 
-def _of_length(model: PreTrainedModel) -> tuple[str, ...]:
-    """A note on the longest text, for a model whose rotary frequencies change with it."""
+def _of_texts(model: PreTrainedModel) -> tuple[str, ...]:
+    """Notes on the longest text, for a model whose rotary frequencies change with it, and on the end of texts."""
     switch = longrope_switch(model)
-    return () if switch is None else (f"texts of {switch} tokens at most, beyond which the model has other rotary frequencies",)
+    notes = (
+        () if switch is None else (f"texts of {switch} tokens at most, beyond which the model has other rotary frequencies",)
+    )
+    if getattr(model.generation_config, "eos_token_id", None) is None:
+        notes = (*notes, "no id is known to end texts, and openvino-genai needs one: set eos_token_id in the model's config")
+    return notes
 
 
-def _compare(program: Program, decoder: Decoder, path: Path, texts: Sequence[torch.Tensor]) -> tuple[float, tuple[str, ...]]:
-    """The error of the logits, and notes. Raises UnsupportedError if the decoder computes something else."""
+@dataclass(frozen=True)
+class _Compared:
+    """The error of the logits, and notes."""
+
+    error: float
+    notes: tuple[str, ...]
+
+
+def _compare(program: Program, decoder: Decoder, path: Path, texts: Sequence[torch.Tensor]) -> _Compared:
+    """Compare the logits of texts. Raises UnsupportedError if the decoder computes something else."""
     from lissom.backends.openvino.executed import kernels, unfused
     from lissom.backends.openvino.network import core, options_of, reason_of
 
     allowed = tolerance_of(program)
     try:
-        compiled: Any = core().compile_model(path, "CPU", options_of(program, torch.get_num_threads(), 0))
+        compiled: Any = core().compile_model(path, "CPU", options_of(program, torch.get_num_threads(), 0) | _F32)
         found = _in_parts(compiled, texts)
     # OpenVINO's errors have no common class.
     except Exception as error:
@@ -145,12 +163,11 @@ def _compare(program: Program, decoder: Decoder, path: Path, texts: Sequence[tor
             f"{program.name} with a KV cache in OpenVINO differs from {program.name} by {error:.2g} relative, allowed "
             f"{allowed:.2g}: it depends on earlier tokens otherwise than by attention and positions"
         )
-    hint = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    notes: tuple[str, ...] = (precision_note(hint),)
+    notes: tuple[str, ...] = (precision_note("f32"),)
     if decoder.quantized.layers:
         left = unfused(compiled.get_runtime_model(), decoder.quantized)
         notes = (account(left, len(decoder.quantized.layers), kernels(decoder.quantized, left)), *notes)
-    return error, notes
+    return _Compared(error, notes)
 
 
 def _in_parts(compiled: Any, texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -175,20 +192,19 @@ def _in_parts(compiled: Any, texts: Sequence[torch.Tensor]) -> list[torch.Tensor
     return [row[front:] for row, front in zip(torch.cat(parts, 1), padding, strict=True)]
 
 
-def _generated(program: Program, model: PreTrainedModel, decoder: Decoder, folder: Path) -> tuple[str, ...]:
+def _generated(program: Program, texts: Sequence[torch.Tensor], folder: Path) -> tuple[str, ...]:
     """Convert the tokenizer, and generate in a fresh process; returns notes. Raises UnsupportedError."""
     notes: list[str] = []
     ids: list[int] = []
     if not (folder / TOKENIZER).is_file():
         notes.append("without a tokenizer, so openvino-genai is given token ids")
     elif importlib.util.find_spec("openvino_tokenizers") is None:
-        notes.append("without OpenVINO's tokenizer, as openvino-tokenizers is not installed: pip install 'lissom[openvino-genai]'")
+        notes.append("without OpenVINO's tokenizer: openvino-tokenizers is not installed, pip install 'lissom[openvino-genai]'")
     else:
         ids = convert_tokenizer(program.name, Conversion(str(folder), _TEXT))
     if importlib.util.find_spec("openvino_genai") is None:
         notes.append("not compared: openvino-genai, which is not installed, pip install 'lissom[openvino-genai]'")
         return tuple(notes)
-    texts = _texts(model, decoder)
     prompts = [text.tolist() for text in texts]
     answers, found = generate(program.name, Generation(str(folder), prompts, _STEPS, _PIPELINES, _TEXT if ids else ""))
     if found != ids:

@@ -95,6 +95,9 @@ def _generate(request: Generation) -> dict[str, Any]:
     encoded: list[int] = []
     for options in request.options:
         pipeline = library.LLMPipeline(request.directory, _DEVICE, **options)
+        if pipeline.get_generation_config().eos_token_id < 0:
+            # It refuses to generate without one, even where it is to be ignored.
+            config.set_eos_token_id(0)
         found = pipeline.generate(library.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(mask)), config)
         answers.append([[*map(int, tokens)] for tokens in found.tokens])
         if request.text:
