@@ -263,6 +263,9 @@ class Optimized:
         are written to the directory, completely or not at all, which must be new or empty. The configuration and the tokenizer
         of a transformers model are written too.
 
+        A causal language model of transformers is written with a KV cache as its state, for openvino-genai: with
+        `generation_config.json` and OpenVINO's tokenizer. openvino-genai generates from it in a fresh process, which is compared.
+
         Args:
             tokenizer: as for `CompiledModel.save`.
             processor: as for `CompiledModel.save`.
@@ -271,7 +274,8 @@ class Optimized:
             The size, the relative error of the outputs, and notes on quantized layers and on options to open it with.
 
         Raises:
-            UnsupportedError: if the program keeps state, ONNX or OpenVINO cannot say it, or OpenVINO is not installed.
+            UnsupportedError: if the program keeps state, a decoder cannot have a KV cache, ONNX or OpenVINO cannot say it, or
+                OpenVINO is not installed.
             VerifyError: if OpenVINO gives other outputs.
             ArtifactError: if the directory holds something, or cannot be written.
         """
