@@ -264,7 +264,7 @@ class Optimized:
         of a transformers model are written too.
 
         A causal language model of transformers is written with a KV cache as its state, for openvino-genai: with
-        `generation_config.json` and OpenVINO's tokenizer. openvino-genai generates from it in a fresh process, which is compared.
+        `generation_config.json` and OpenVINO's tokenizer. What openvino-genai generates in a fresh process is compared too.
 
         Args:
             tokenizer: as for `CompiledModel.save`.
