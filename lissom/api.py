@@ -22,7 +22,8 @@ from lissom.export.compressed_tensors.writer import CompressedCheckpoint, write_
 from lissom.export.genai.writer import GenaiFolder, write_genai
 from lissom.export.gguf.k_types import Types
 from lissom.export.gguf.writer import Dtype, GgufFile, write_gguf
-from lissom.export.openvino_folder import OpenVinoFolder, write_openvino
+from lissom.export.openvino.decoder_folder import is_decoder, write_openvino_decoder
+from lissom.export.openvino.folder import OpenVinoFolder, write_openvino
 from lissom.export.pt2 import Pt2Package, write_pt2
 from lissom.export.tp_plan.writer import TpPlan, write_tp_plan
 from lissom.frontends.models.adapters import with_merged_adapters
@@ -262,6 +263,9 @@ class Optimized:
         are written to the directory, completely or not at all, which must be new or empty. The configuration and the tokenizer
         of a transformers model are written too.
 
+        A causal language model of transformers is written with a KV cache as its state, for openvino-genai: with
+        `generation_config.json` and OpenVINO's tokenizer. What openvino-genai generates in a fresh process is compared too.
+
         Args:
             tokenizer: as for `CompiledModel.save`.
             processor: as for `CompiledModel.save`.
@@ -270,7 +274,8 @@ class Optimized:
             The size, the relative error of the outputs, and notes on quantized layers and on options to open it with.
 
         Raises:
-            UnsupportedError: if the program keeps state, ONNX or OpenVINO cannot say it, or OpenVINO is not installed.
+            UnsupportedError: if the program keeps state, a decoder cannot have a KV cache, ONNX or OpenVINO cannot say it, or
+                OpenVINO is not installed.
             VerifyError: if OpenVINO gives other outputs.
             ArtifactError: if the directory holds something, or cannot be written.
         """
@@ -280,6 +285,9 @@ class Optimized:
         if tokenizer is not None and facts is not None:
             check_tokenizer(self.program, facts.main_input, tokenizer)
         tokenizer = saved_tokenizer(self.program, tokenizer, source)
+        if is_decoder(model):
+            check_original_ids_unmapped(self.program, "an IR for openvino-genai")
+            return write_openvino_decoder(self.program, model, self._example, check_path(directory), tokenizer, processor)
         return write_openvino(self.program, self._example, check_path(directory), facts, tokenizer, processor)
 
     def _own_tokenizer(self, what: str, tokenizer: Saveable | None, model: Any) -> Saveable | None:

@@ -24,6 +24,7 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.equality import require_built
 from lissom.errors import UnsupportedError
 from lissom.export.fresh_process import run_fresh
+from lissom.ops.quantization import dequantize
 from lissom.io.files import check_writable, copy_bytes, writing_whole
 
 _CALL = """
@@ -84,6 +85,7 @@ def write_pt2(program: Program, example: Sample, path: Path) -> Pt2Package:
     lowered, history = Pipeline(backend.lowering(device_of(program)), [example]).run(program)
     simulated = explain(backend.simulated(lowered), history.steps)
     refuse(backend.name, simulated, len(simulated) + count_kernels(lowered))
+    _refuse_own_operators(lowered)
     package = backend.build(lowered, example)
     assert isinstance(package, Package)
     error = _error_elsewhere(package.path, lowered, example)
@@ -92,6 +94,16 @@ def write_pt2(program: Program, example: Sample, path: Path) -> Pt2Package:
         copy_bytes(made, file, size)
     inputs, outputs = _signature(lowered)
     return Pt2Package(inputs, outputs, size / 1e6, error)
+
+
+def _refuse_own_operators(program: Program) -> None:
+    """Refuse operators that a process without Lissom lacks. Raises UnsupportedError."""
+    own = next((node for node in program.nodes() if str(node.target).startswith("lissom.")), None)
+    if own is not None:
+        table = "; leave out embeddings=true" if own.target is dequantize else ""
+        raise UnsupportedError(
+            f"'{own.name}' of {program.name} calls {own.target}, an operator of Lissom, and a package runs without Lissom{table}"
+        )
 
 
 def _signature(program: Program) -> tuple[list[str], list[str]]:

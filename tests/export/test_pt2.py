@@ -110,7 +110,7 @@ def test_nested_arguments_are_flat(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["int8-dynamic", pytest.param("int8-static", marks=pytest.mark.slow)])
 def test_int8_runs_elsewhere(bert, scheme: str, tmp_path: Path) -> None:
     """One process here and one without Lissom give the outputs of the backend that Lissom runs the same program on."""
-    passes, path = f"quantize{{scheme={scheme},embeddings=true}}", tmp_path / "bert.pt2"
+    passes, path = f"quantize{{scheme={scheme}}}", tmp_path / "bert.pt2"
     lissom.optimize(bert, example(), passes=passes, data=[example()]).export_pt2(path)
     loaded = torch._inductor.aoti_load_package(str(path))
     quantized = lissom.compile(bert, example(), passes=passes, data=[example()], goal=None, simulate=True)
@@ -134,12 +134,19 @@ def _code(package: Path) -> str:
     ("scheme", "reason"),
     [
         ("int4-weight", "its weight is in int4, and PyTorch multiplies int8 on CPUs"),
-        ("int8-group", "its weight has group-wise scales"),
+        ("int8-group", "its input is quantized to int8, and a weight in int8 is multiplied with uint8"),
     ],
 )
 def test_layers_without_a_kernel_are_refused(bert, scheme: str, reason: str, tmp_path: Path) -> None:
     optimized = lissom.optimize(bert, example(), passes=f"quantize{{scheme={scheme}}}")
     with pytest.raises(UnsupportedError, match=f"'inductor' has no kernel for 12 quantized layers.*{reason}"):
+        optimized.export_pt2(tmp_path / "bert.pt2")
+    assert not any(tmp_path.iterdir())
+
+
+def test_operators_of_lissom_are_refused(bert, tmp_path: Path) -> None:
+    optimized = lissom.optimize(bert, example(), passes="quantize{scheme=int8-dynamic,embeddings=true}")
+    with pytest.raises(UnsupportedError, match="calls lissom.dequantize.default, an operator of Lissom.*embeddings=true"):
         optimized.export_pt2(tmp_path / "bert.pt2")
     assert not any(tmp_path.iterdir())
 

@@ -96,7 +96,7 @@ class OpenVino(Backend):
             UnsupportedError: as `build`.
             VerifyError: as `build`.
         """
-        _check(program)
+        check_program(program)
         try:
             return self._write(program, example, path, decompose=False)
         # The exporter may translate the decomposition of an operator that it cannot translate, or translates wrongly.
@@ -150,7 +150,7 @@ class OpenVino(Backend):
             raise ArtifactError(f"'{path}' does not open: {reason_of(error)}; compile the model again") from error
 
 
-def _check(program: Program) -> None:
+def check_program(program: Program) -> None:
     """Refuse programs that cannot be exported, or that OpenVINO would compute in less precision. Raises UnsupportedError."""
     check_tensors(OpenVino.name, program)
     check_steps(OpenVino.name, program, PLAIN_RNNS)

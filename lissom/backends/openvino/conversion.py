@@ -50,7 +50,7 @@ def write_ir(program: Program, example: Sample, path: Path, *, decompose: bool, 
     """
     check_translatable(program, "OpenVINO")
     # The exporter runs translations and decompositions of any operator, and OpenVINO's errors have no common class.
-    with _refused(program):
+    with refused(program):
         exported = export_onnx(program, example, decompose)
         limit_indices(exported)
         write_out_softplus(exported)
@@ -59,17 +59,17 @@ def write_ir(program: Program, example: Sample, path: Path, *, decompose: bool, 
         by_kernel = _checked(program, example, exported, group, threads) if layers else set[int]()
         leave_rounding(exported, by_kernel)
         model = write_variant(exported, [RMS_NORMS], standard=True)[0]
-        found = [_quantized_layer(model, layer, index in by_kernel) for index, layer in enumerate(layers)]
+        found = [quantized_layer(model, layer, index in by_kernel) for index, layer in enumerate(layers)]
         for old in (path, path.with_suffix(".bin")):
             # A network may still map it.
             old.unlink(missing_ok=True)
-        converted = _read(program, model)
+        converted = read_onnx(program, model)
         converted.set_rt_info(str(group), list(GROUP_SIZE))
         openvino.save_model(converted, path, compress_to_fp16=False)
     return Quantized(found, group)
 
 
-def _quantized_layer(model: ir.Model, layer: Layer, rounds: bool) -> QuantizedLayer:
+def quantized_layer(model: ir.Model, layer: Layer, rounds: bool) -> QuantizedLayer:
     """A layer with the names that it may have in OpenVINO's executed graph, the surest first.
 
     Rewrites keep the names of products' outputs, and name the nodes after their modules. OpenVINO names a product that it fused
@@ -83,7 +83,7 @@ def _quantized_layer(model: ir.Model, layer: Layer, rounds: bool) -> QuantizedLa
     return QuantizedLayer(layer, (*nodes, f"{weight}", f"{weight}_elements"), rounds)
 
 
-def _read(program: Program, model: ir.Model) -> openvino.Model:
+def read_onnx(program: Program, model: ir.Model) -> openvino.Model:
     """The model as OpenVINO converts it. Raises UnsupportedError, with a node, for operators that it has no conversion for."""
     with TemporaryDirectory(prefix="lissom-") as folder:
         # Weights are mapped, and stay readable after the file is deleted.
@@ -112,7 +112,7 @@ def _checked(program: Program, example: Sample, exported: ir.Model, group: int, 
     if not names:
         return set()
     compiled = core().compile_model(
-        _read(program, write_variant(model, [RMS_NORMS], standard=True)[0]), "CPU", options_of(program, threads, group)
+        read_onnx(program, write_variant(model, [RMS_NORMS], standard=True)[0]), "CPU", options_of(program, threads, group)
     )
     inputs = [*input_names(program), *state_names(program)[0]]
     tensors = [*example, *(program.weight(name) for name in program.state)]
@@ -122,7 +122,7 @@ def _checked(program: Program, example: Sample, exported: ir.Model, group: int, 
 
 
 @contextmanager
-def _refused(program: Program) -> Generator[None]:
+def refused(program: Program) -> Generator[None]:
     """Raise UnsupportedError for any error of the block but ours, with the reason in one line."""
     try:
         yield

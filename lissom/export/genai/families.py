@@ -7,10 +7,10 @@ github.com/microsoft/onnxruntime-genai. The decoder is one graph whatever the ty
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lissom.errors import UnsupportedError
+from lissom.export.causal_lm.names import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT, Layer, Runtime
 from lissom.frontends.generation.decoder import longest_text, longrope_switch
 
 if TYPE_CHECKING:
@@ -37,24 +37,7 @@ TYPES: Mapping[str, str] = {
 SHORTEST = 16
 """The tokens of a text that is compared at least."""
 MODEL, CONFIG = "model.onnx", "genai_config.json"
-INPUT_IDS, ATTENTION_MASK, POSITION_IDS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
-PAST = ("past_key_values.{}.key", "past_key_values.{}.value")
-PRESENT = ("present.{}.key", "present.{}.value")
-"""The names of a layer's keys and values before and after a call."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The sizes of one attention layer.
-
-    Attributes:
-        window: the tokens that a query sees, itself included; None for all before it.
-    """
-
-    heads: int
-    key_heads: int
-    head_dim: int
-    window: int | None
+RUNTIME = Runtime("ONNX Runtime GenAI", "ONNX Runtime", "be GroupQueryAttention of ONNX Runtime")
 
 
 def type_of(model: PreTrainedModel) -> str:

@@ -18,25 +18,14 @@ import torch
 from lissom.artifacts.directory import check_new, write_directory
 from lissom.artifacts.model_files import TOKENIZER, Saveable, write_processors
 from lissom.backends.exported import kind_and_reason
-from lissom.backends.names import output_names, results_of
 from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.errors import UnsupportedError
-from lissom.export.genai.families import (
-    ATTENTION_MASK,
-    CONFIG,
-    INPUT_IDS,
-    LOGITS,
-    PAST,
-    POSITION_IDS,
-    PRESENT,
-    Layer,
-    configuration,
-    context_length,
-    type_of,
-)
+from lissom.export.causal_lm.names import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT, Layer
+from lissom.export.causal_lm.text import count_equal, logits_of
+from lissom.export.genai.families import CONFIG, configuration, context_length, type_of
 from lissom.export.genai.reload import Generated, generate
 
 if TYPE_CHECKING:
@@ -146,7 +135,7 @@ def _compare(program: Program, decoder: OnnxDecoder, folder: Path, path: Path, c
     size = min(_PROMPT, length // 4)
     ids = torch.randint(0, decoder.vocabulary, (2 * size,), generator=torch.Generator().manual_seed(0))
     allowed = tolerance_of(program)
-    error = relative_error(_logits(program, ids), _in_parts(program, decoder, path, ids))
+    error = relative_error(logits_of(program, ids), _in_parts(program, decoder, path, ids))
     if not error <= allowed:
         raise UnsupportedError(
             f"{program.name} with a KV cache in ONNX Runtime differs from {program.name} by {error:.2g} relative, allowed "
@@ -159,7 +148,7 @@ def _compare(program: Program, decoder: OnnxDecoder, folder: Path, path: Path, c
     counts: list[str] = []
     for shared in (True, False):
         text = generate(program.name, folder, prompts, steps, min(length, 2 * (size + steps) + 1), shared=shared)
-        wanted = _logits(program, text.tokens)[text.chosen - 1]
+        wanted = logits_of(program, text.tokens)[text.chosen - 1]
         found = relative_error(wanted, text.logits)
         if not found <= allowed:
             raise UnsupportedError(
@@ -183,21 +172,7 @@ def _equal_tokens(logits: torch.Tensor, text: Generated, ends: int | list[int]) 
     wanted = logits.argmax(-1)
     found = text.tokens[text.chosen]
     equal = int((wanted == found).sum())
-    if equal == len(wanted):
-        return f"{equal} greedy tokens equal to the program's"
-    return f"{equal} of {len(wanted)} greedy tokens equal to the program's, whose logits are nearly equal at the others"
-
-
-def _logits(program: Program, ids: torch.Tensor) -> torch.Tensor:
-    """The program's logits of a text, [tokens, vocabulary]."""
-    given = {INPUT_IDS: ids[None], ATTENTION_MASK: torch.ones_like(ids)[None], POSITION_IDS: torch.arange(len(ids))[None]}
-    sample = [given[leaf.path].to(leaf.type.dtype) for leaf in program.signature.tensors]
-    place = output_names(program).index(LOGITS)
-    with torch.no_grad():
-        outputs = program.run(sample)
-    logits = outputs[program.leaves.index(results_of(program)[place])]
-    assert isinstance(logits, torch.Tensor)
-    return logits[0].float()
+    return count_equal(equal, len(wanted))
 
 
 def _in_parts(program: Program, decoder: OnnxDecoder, path: Path, ids: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from tests.support.refusals import check, table
 onnx = pytest.importorskip("onnx", reason="ONNX is not installed: pip install 'lissom[onnx]'")
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install 'lissom[onnx]'")
 # They import ONNX.
-from lissom.export.genai.attention import window_of  # noqa: E402
+from lissom.export.causal_lm.attention import window_of  # noqa: E402
 from lissom.export.genai.reload import generate  # noqa: E402
 
 VOCABULARY = 90

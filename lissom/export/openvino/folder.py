@@ -1,4 +1,4 @@
-"""An optimized model as OpenVINO's IR, in a folder with the names that Optimum Intel gives its files."""
+"""An optimized model without a KV cache as OpenVINO's IR, in a folder with the names that Optimum Intel gives its files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,6 @@ from lissom.errors import UnsupportedError
 
 IR = "openvino_model.xml"
 """The IR; its weights are in `openvino_model.bin`."""
-_PRECISION = (
-    "compared with INFERENCE_PRECISION_HINT={}: by default OpenVINO computes in bfloat16 on processors that have it, and other "
-    "programs have to set it"
-)
 
 
 @dataclass(frozen=True)
@@ -69,10 +65,8 @@ def write_openvino(
         ArtifactError: if the directory holds something, or cannot be written.
     """
     check_new(directory)
+    check_installed()
     backend = OpenVino()
-    missing = backend.missing()
-    if missing is not None:
-        raise UnsupportedError(missing.replace("backend 'openvino'", "OpenVINO's IR").partition(", or choose")[0])
     if program.state:
         raise UnsupportedError(
             f"the folder has no place for state, and {program.name} keeps '{program.state[0]}'; compile it with "
@@ -85,9 +79,24 @@ def write_openvino(
         network, error = backend.write(lowered, example, folder / IR)
         size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
         hint: Any = network.compiled.get_property("INFERENCE_PRECISION_HINT")
-        written.append(OpenVinoFolder(size, error, (*network.notes, _PRECISION.format(hint.get_type_name()))))
+        written.append(OpenVinoFolder(size, error, (*network.notes, precision_note(hint.get_type_name()))))
         if facts is not None:
             write_model_files(folder, facts, tokenizer, processor)
 
     write_directory(directory, write)
     return written[0]
+
+
+def check_installed() -> None:
+    """Raise UnsupportedError if a package is missing."""
+    missing = OpenVino().missing()
+    if missing is not None:
+        raise UnsupportedError(missing.replace("backend 'openvino'", "OpenVINO's IR").partition(", or choose")[0])
+
+
+def precision_note(precision: str) -> str:
+    """A sentence on the precision that outputs were compared with."""
+    return (
+        f"compared with INFERENCE_PRECISION_HINT={precision}: by default OpenVINO computes in bfloat16 on processors that have "
+        f"it, and other programs have to set it"
+    )

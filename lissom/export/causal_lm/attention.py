@@ -1,6 +1,6 @@
 """The attention of a decoder in the form to which a KV cache can be added: causal, maybe with a sliding window, no mask.
 
-A text of ONNX Runtime GenAI has no padding here, so masks hide none.
+The attention mask of the call is taken to hide nothing; the decoder's own mask hides padding, where it has one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lissom.compiler.ir.calls import Attention
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import ATTENTIONS, CONVERSIONS
 from lissom.compiler.pipeline.pass_kinds import Approximation
-from lissom.export.genai.families import ATTENTION_MASK
+from lissom.export.causal_lm.names import ATTENTION_MASK
 from lissom.ops.block_sparse_attention import block_sparse_attention
 from lissom.ops.pattern import UNBOUNDED, Pattern
 
@@ -66,7 +66,7 @@ def window_of(pattern: Pattern) -> int | None:
 
 
 def _obstacle(edit: Editor, node: fx.Node, reading: Reading) -> str | None:
-    """The reason why an attention cannot have a KV cache in ONNX Runtime; None if it can."""
+    """The reason why an attention cannot have a KV cache; None if it can."""
     if reading.pattern is None:
         return reading.reason or "it sees later tokens"
     if reading.pattern.band is None or reading.pattern.band[1] != 0 or reading.layout is not None:
