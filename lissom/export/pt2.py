@@ -24,8 +24,8 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.equality import require_built
 from lissom.errors import UnsupportedError
 from lissom.export.fresh_process import run_fresh
-from lissom.ops.quantization import dequantize
 from lissom.io.files import check_writable, copy_bytes, writing_whole
+from lissom.ops.quantization import dequantize
 
 _CALL = """
 import sys
@@ -102,7 +102,7 @@ def _refuse_own_operators(program: Program) -> None:
     if own is not None:
         table = "; leave out embeddings=true" if own.target is dequantize else ""
         raise UnsupportedError(
-            f"'{own.name}' of {program.name} calls {own.target}, an operator of Lissom, and a package runs without Lissom{table}"
+            f"'{own.name}' of {program.name} calls {own.target}, an operator of Lissom, and a package runs without it{table}"
         )
 
 

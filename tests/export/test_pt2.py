@@ -146,7 +146,7 @@ def test_layers_without_a_kernel_are_refused(bert, scheme: str, reason: str, tmp
 
 def test_operators_of_lissom_are_refused(bert, tmp_path: Path) -> None:
     optimized = lissom.optimize(bert, example(), passes="quantize{scheme=int8-dynamic,embeddings=true}")
-    with pytest.raises(UnsupportedError, match="calls lissom.dequantize.default, an operator of Lissom.*embeddings=true"):
+    with pytest.raises(UnsupportedError, match=r"calls lissom\.dequantize\.default, an operator of Lissom.*embeddings=true"):
         optimized.export_pt2(tmp_path / "bert.pt2")
     assert not any(tmp_path.iterdir())
 

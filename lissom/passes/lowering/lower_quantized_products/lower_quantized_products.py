@@ -29,8 +29,8 @@ PyTorch's sources, `aten/src/ATen/native/cuda`:
 With `cpu=true` int8 layers on CPUs get PyTorch's products too, for TorchInductor, which fuses the operators around them; there
 `_int_mm` takes any sizes. `eager` has faster kernels of its own on CPUs.
 
-The pass comes after `fold-quantized-weights`. On CUDA it was tested on CPUs and a pretended GPU, and has not been run on a CUDA device
-yet. Times on a CPU, whose low-precision products are slow, say nothing about one.
+The pass comes after `fold-quantized-weights`. What it makes for CUDA was tested on CPUs and a pretended GPU, and has not been
+run on a CUDA device yet.
 """
 
 from __future__ import annotations
