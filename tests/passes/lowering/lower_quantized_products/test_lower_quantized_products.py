@@ -24,6 +24,7 @@ from lissom.ops import formats
 from lissom.ops.formats import FORMATS
 from lissom.ops.quantization import dynamic_scale, fake_quantize, fake_quantize_dynamic
 from lissom.passes.lowering.lower_quantized_products import lower_quantized_products
+from lissom.passes.lowering.lower_quantized_products.lower_quantized_products import LowerQuantizedProducts
 from lissom.passes.lowering.lower_quantized_products.stored_weights import per_feature, tile_grid
 from tests.support import captures
 from tests.support.harness import aten, calls, capture_model, check_golden, rewrite
@@ -349,11 +350,16 @@ def test_weights_of_eight_bits_are_measured(monkeypatch: pytest.MonkeyPatch, sec
     assert reasons(history) == [told] * (3 - count)
 
 
-def test_backends_bring_it_on_cuda() -> None:
-    for backend in (Eager(), Inductor()):
-        found, elsewhere = ([item.name() for item in backend.lowering(torch.device(kind))] for kind in ("cuda", "cpu"))
-        assert "fold-quantized-weights,lower-quantized-products" in ",".join(found)
-        assert "lower-quantized-products" not in elsewhere
+def test_backends_bring_it() -> None:
+    """On CUDA both, on a CPU TorchInductor alone."""
+    eager, inductor = (
+        {kind: backend.lowering(torch.device(kind)) for kind in ("cuda", "cpu")} for backend in (Eager(), Inductor())
+    )
+    for passes in (eager["cuda"], inductor["cuda"]):
+        assert "fold-quantized-weights,lower-quantized-products" in ",".join(item.name() for item in passes)
+    assert "lower-quantized-products" not in [item.name() for item in eager["cpu"]]
+    assert LowerQuantizedProducts(cpu=True) in inductor["cpu"]
+    assert LowerQuantizedProducts() in inductor["cuda"]
 
 
 @pytest.mark.usefixtures("newest")
