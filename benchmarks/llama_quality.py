@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llama import server_options
 from quality import WINDOW, conditions, decoder_batches, losses, perplexity_change, windows
 
 import lissom
@@ -30,10 +31,9 @@ def server_of(file: Path, threads: int) -> Any:
     """llama.cpp with the file, one text at a time."""
     import xllamacpp
 
-    options = xllamacpp.CommonParams()
+    options = server_options(WINDOW, 1, threads)
     options.model.path = str(file)
-    options.n_ctx, options.n_parallel, options.warmup = WINDOW, 1, False
-    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
+    options.warmup, options.cache_prompt = False, True
     return xllamacpp.Server(options)
 
 

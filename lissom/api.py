@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.driver.compile import compile_by_class, optimize_model, with_errors
 from lissom.driver.keywords import TextModel, keywords_of
-from lissom.driver.options import Inputs, OptimizeSettings, Settings
+from lissom.driver.options import Inputs, OptimizeSettings, Settings, check_data, read_data
 from lissom.errors import UnsupportedError
+from lissom.export.causal_lm.names import is_decoder
 from lissom.export.checkpoint import save_checkpoint
+from lissom.export.compressed_tensors.kv_cache import KvCache
 from lissom.export.compressed_tensors.writer import CompressedCheckpoint, write_compressed
 from lissom.export.genai.writer import GenaiFolder, write_genai
 from lissom.export.gguf.k_types import Types
 from lissom.export.gguf.writer import Dtype, GgufFile, write_gguf
-from lissom.export.openvino.decoder_folder import is_decoder, write_openvino_decoder
+from lissom.export.openvino.decoder_folder import write_openvino_decoder
 from lissom.export.openvino.folder import OpenVinoFolder, write_openvino
 from lissom.export.pt2 import Pt2Package, write_pt2
 from lissom.export.tp_plan.writer import TpPlan, write_tp_plan
@@ -137,7 +140,13 @@ class Optimized:
         save_checkpoint(self.program, model, self._example, check_path(directory), tokenizer, processor)
 
     def save_compressed(
-        self, directory: str | Path, *, tokenizer: Saveable | None = None, processor: Saveable | None = None
+        self,
+        directory: str | Path,
+        *,
+        tokenizer: Saveable | None = None,
+        processor: Saveable | None = None,
+        kv_cache: KvCache | None = None,
+        data: Iterable[Inputs] = (),
     ) -> CompressedCheckpoint:
         """Write a quantized model as a checkpoint of compressed-tensors, which transformers and vLLM load.
 
@@ -148,6 +157,9 @@ class Optimized:
         Args:
             tokenizer: as for `CompiledModel.save`.
             processor: as for `CompiledModel.save`.
+            kv_cache: `fp8` writes one scale for the keys and one for the values of each layer, with which servers keep their KV
+                cache in e4m3; the notes say what that changes. By default there are none.
+            data: the calibration inputs that these scales are measured on, each like the example inputs, which are the default.
 
         Returns:
             The schemes of the layers, the relative error of the outputs, and notes on what was not compared.
@@ -159,7 +171,11 @@ class Optimized:
         """
         model = self._transformers_model("checkpoint", tokenizer)
         tokenizer = self._own_tokenizer("a checkpoint", tokenizer, model)
-        return write_compressed(self.program, model, self._example, check_path(directory), tokenizer, processor)
+        check_data(data)
+        samples, _ = read_data(data, self.program.signature)
+        return write_compressed(
+            self.program, model, self._example, check_path(directory), tokenizer, processor, kv_cache, samples
+        )
 
     def save_genai(
         self, directory: str | Path, *, tokenizer: Saveable | None = None, processor: Saveable | None = None
@@ -203,11 +219,12 @@ class Optimized:
                 written in Q5_0, Q5_1 or Q8_0, and those that are none of 32 in `dtype`.
 
         Returns:
-            The graph of llama.cpp, the types of the tensors, and the size of the file.
+            The graph of llama.cpp, the types of the tensors, the size of the file, and how far llama.cpp's result was from
+            that of the model with the file's weights; compared where the package of the extra `llama-cpp` is installed.
 
         Raises:
             UnsupportedError: if the model is not one of transformers, llama.cpp has no graph for the program or no tokenizer
-                like this one, or gguf is not installed.
+                like this one, or computes something else, or gguf is not installed.
             ArtifactError: if the file cannot be written.
         """
         model = self._transformers_model("GGUF file", tokenizer)

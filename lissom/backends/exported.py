@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,17 @@ def leaves_of(program: Program) -> list[object]:
     (leaves,) = program.output.args
     assert isinstance(leaves, (list, tuple))
     return list(leaves)
+
+
+def with_constants(leaves: Sequence[object], tensors: Iterable[torch.Tensor]) -> list[object]:
+    """The flat outputs of a program.
+
+    Args:
+        leaves: of `leaves_of`.
+        tensors: the values of its nodes, in order.
+    """
+    values = iter(tensors)
+    return [next(values) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
 
 
 def device_of(program: Program) -> torch.device:

@@ -28,6 +28,7 @@ from lissom.backends.exported import (
     leaves_of,
     read_json,
     traced_example,
+    with_constants,
 )
 from lissom.backends.names import input_names, output_names
 from lissom.compiler.ir.operators import RECURRENT_LAYERS
@@ -148,8 +149,8 @@ class Package:
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
         # The compiled code assumes the strides of the example.
         with torch.inference_mode():
-            results = iter(self._loader.boxed_run([tensor.contiguous() for tensor in inputs]))
-        return [next(results) if isinstance(leaf, fx.Node) else leaf for leaf in self._leaves]
+            results = self._loader.boxed_run([tensor.contiguous() for tensor in inputs])
+        return with_constants(self._leaves, results)
 
 
 class _Module(nn.Module):

@@ -15,6 +15,7 @@ from lissom.cli.options import Checks, Data, MaxDrop, MetricName, Model, Passes,
 from lissom.compiler.pipeline.options import check_options
 from lissom.driver.options import resolve_passes
 from lissom.driver.torchrun import refuse_torchrun
+from lissom.export.compressed_tensors.kv_cache import KvCache, check_kv_cache
 from lissom.export.gguf.k_types import Types, check_types
 from lissom.export.gguf.writer import Dtype, check_dtype
 from lissom.frontends.capture.device import check_device
@@ -51,6 +52,10 @@ def run_export(
         str | None,
         typer.Option(help="K types for a GGUF file's matrices in floating point: q4_k, q5_k, q6_k, q4_k_m or q5_k_m."),
     ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(help="Of a compressed-tensors checkpoint: fp8 adds scales for keys and values, measured on --data."),
+    ] = None,
     checks: Checks = "numeric",
     data: Data = None,
     metric: MetricName = None,
@@ -59,23 +64,19 @@ def run_export(
     """Write a model after the passes for llama.cpp, AOTInductor, transformers and vLLM, ONNX Runtime GenAI, or OpenVINO."""
     refuse_torchrun("export")
     chosen, kinds = _check_file(file, format, dtype), _check_types(format, types)
+    cached = _check_kv_cache(format, kv_cache)
     pipeline, quality = resolve_passes(passes), Quality(data, metric, max_drop)
     quality.check()
     source = load(model)
-    optimized = api.optimize(
-        source.model,
-        source.example_inputs,
-        passes=pipeline,
-        checks=check_options(checks),
-        **quality.arguments(source, check_device(None)),
-    )
+    arguments = quality.arguments(source, check_device(None))
+    optimized = api.optimize(source.model, source.example_inputs, passes=pipeline, checks=check_options(checks), **arguments)
     match format:
         case "gguf":
             written = optimized.export_gguf(file, dtype=chosen, types=kinds)
         case "pt2":
             written = optimized.export_pt2(file)
         case "compressed-tensors":
-            written = optimized.save_compressed(file)
+            written = optimized.save_compressed(file, kv_cache=cached, data=arguments["data"])
         case "genai":
             written = optimized.save_genai(file, tokenizer=_other_tokenizer(model, source))
         case "openvino":
@@ -97,6 +98,13 @@ def _check_types(format: Format, types: str | None) -> Types | None:
     if format != "gguf" and types is not None:
         raise typer.BadParameter(f"--types is for GGUF files, and --format is {format}; use quantize{{scheme=int4-weight}}")
     return check_types(types)
+
+
+def _check_kv_cache(format: Format, kv_cache: str | None) -> KvCache | None:
+    """The format of a checkpoint's KV cache. Raises UnsupportedError."""
+    if format != "compressed-tensors" and kv_cache is not None:
+        raise typer.BadParameter(f"--kv-cache is for --format compressed-tensors, and --format is {format}")
+    return check_kv_cache(kv_cache)
 
 
 def _check_file(file: Path, format: Format, dtype: str | None) -> Dtype | None:

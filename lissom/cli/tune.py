@@ -46,6 +46,9 @@ def run_tune(
     store: Annotated[
         Path | None, typer.Option(help="Keep what is found in this directory; the same call goes on from there.")
     ] = None,
+    for_server: Annotated[
+        str | None, typer.Option(help="vllm: search what `lissom export --format compressed-tensors` writes.")
+    ] = None,
     save: Annotated[Path | None, typer.Option("--save", "-o", help="Write the chosen program to this directory.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the candidates to this file, for example frontier.svg.")] = None,
     show_store: Annotated[Path | None, typer.Option("--show", help="Show the searches of a store, and search nothing.")] = None,
@@ -78,6 +81,7 @@ def run_tune(
         "backends": tuple(name.strip() for name in backends.split(",")),
         "distill": distill,
         "store": store,
+        "for_server": for_server,
     }
     source = load(model)
     given = quality.arguments(source, None)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import fx
 
-from lissom.backends.exported import device_of, leaves_of
+from lissom.backends.exported import device_of, leaves_of, with_constants
 from lissom.backends.inductor import Inductor, Package
 from lissom.backends.names import input_names, output_names, results_of
 from lissom.backends.simulated_layers import count_kernels, explain, refuse
@@ -135,7 +135,7 @@ def _error_elsewhere(package: Path, program: Program, example: Sample) -> float:
         outputs = load_file(found)
 
     def call(_: Sample) -> list[object]:
-        results = iter(outputs[str(index)].to(device_of(program), copy=True) for index in range(len(outputs)))
-        return [next(results) if isinstance(leaf, fx.Node) else leaf for leaf in leaves_of(program)]
+        results = (outputs[str(index)].to(device_of(program), copy=True) for index in range(len(outputs)))
+        return with_constants(leaves_of(program), results)
 
     return require_built("the package, loaded by PyTorch in a fresh process,", call, program, [example])

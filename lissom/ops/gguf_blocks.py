@@ -61,10 +61,19 @@ class StoredBlocks:
         zero_point = None if self.zero_point is None else self.zero_point[rows]
         return dequantize_stored(self.q[rows], self.scale[rows], zero_point, torch.float32)
 
+    def of_rows(self, rows: slice) -> StoredBlocks:
+        """Some rows of the weight. Scales and zero points of all rows stay."""
+        grids = (self.scale, self.zero_point)
+        scale, zero_point = (grid if grid is None or not grid.dim() or len(grid) == 1 else grid[rows] for grid in grids)
+        assert scale is not None
+        return StoredBlocks(self.q[rows], scale, zero_point, self.format)
+
     def transposed(self) -> StoredBlocks:
         """The transposed weight, [columns, rows]."""
-        zero_point = None if self.zero_point is None else self.zero_point.T.contiguous()
-        return StoredBlocks(self.q.T.contiguous(), self.scale.T.contiguous(), zero_point, self.format)
+        grids = (self.scale, self.zero_point)
+        scale, zero_point = (grid if grid is None or not grid.dim() else grid.T.contiguous() for grid in grids)
+        assert scale is not None
+        return StoredBlocks(self.q.T.contiguous(), scale, zero_point, self.format)
 
     def packed(self) -> torch.Tensor:
         """q as `lissom::dequantize` reads it: four-bit formats two per byte."""

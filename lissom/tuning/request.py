@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import Literal, TypeGuard
 
 from lissom.backends import find_backend
 from lissom.backends.base import Backend
 from lissom.compiler.pipeline.options import Metric
 from lissom.driver.options import Inputs, check_data
 from lissom.errors import InputError, UnsupportedError
+from lissom.tuning.sites import SERVERS
 
 GOALS = ("latency", "throughput", "memory")
 _ABSOLUTE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|MB|GB|x|×)\s*")
@@ -31,6 +32,7 @@ class SearchSettings:
     backends: Sequence[str | Backend] = ("eager",)
     distill: bool = True
     store: str | Path | None = None
+    for_server: Literal["vllm"] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Request:
     minutes: float
     backends: Mapping[str, str | Backend]
     distill: bool
+    for_server: str | None
 
     @property
     def memory(self) -> bool:
@@ -90,6 +93,8 @@ def check_request(data: Iterable[Inputs], metric: Metric | None, goal: str, sett
         _read_target(target, memory=goal == "memory")
     if not isinstance(distill, bool):
         raise UnsupportedError(f"distill= is {distill!r:.80}; give True or False")
+    if settings.for_server not in (None, *SERVERS):
+        raise UnsupportedError(f"for_server= is {settings.for_server!r:.80}; choose {', '.join(SERVERS)}, or leave it out")
     return Request(
         batches,
         metric,
@@ -99,6 +104,7 @@ def check_request(data: Iterable[Inputs], metric: Metric | None, goal: str, sett
         float(minutes),
         _named(settings.backends),
         distill,
+        settings.for_server,
     )
 
 

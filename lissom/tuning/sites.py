@@ -38,6 +38,8 @@ CACHES = ("cache-int8", "cache-int4")
 """The forms of a KV cache; keys are rotated before they are stored in four bits."""
 FRACTIONS = (0.75, 0.5, 0.25, 0.125)
 """The amounts of heads, neurons and experts that are tried, as fractions."""
+SERVERS: Mapping[str, tuple[str, ...]] = {"vllm": ("int8-dynamic", "int8-weight", "int4-weight")}
+"""By server, the schemes of linear layers that it reads in checkpoints."""
 _LEAST_SIZE = 64
 """Of a matrix that may become two factors or blocks."""
 _MULTIPLE = 16
@@ -79,6 +81,7 @@ class Group:
         tied: whether a table is both.
         pools: numbers of key/value heads that `pool-heads` may leave, the largest first.
         key_value_heads: their present number.
+        symmetric: whether quantized weights have no zero points.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Group:
     tied: bool = False
     pools: tuple[int, ...] = ()
     key_value_heads: int = 0
+    symmetric: bool = False
 
     @property
     def likeness(self) -> tuple[object, ...]:
@@ -141,6 +145,21 @@ def groups_of(program: Program) -> list[Group]:
     ordered = sorted(groups.values(), key=lambda group: group.kind)
     parts = (group for group in ordered if len(group.lefts()) > 1 or group.linears)
     return [*parts, *known.rest(), *known.others]
+
+
+def groups_for(server: str, groups: Sequence[Group]) -> list[Group]:
+    """What a checkpoint for this server can say: a scheme for each attention and each feed-forward, without zero points.
+
+    q, k and v are in one group, and so are gate and up, because the server makes one layer of them. Checkpoints with several
+    schemes are loaded by transformers only where weights have no zero points.
+    """
+    kept: list[Group] = []
+    for group in groups:
+        schemes = tuple(scheme for scheme in group.schemes if scheme in (PLAIN, *SERVERS[server]))
+        if group.kind in ("attention", "feed-forward") and len(schemes) > 1:
+            fixed = Group(group.name, group.kind, linears=group.linears, shapes=group.shapes, schemes=schemes, symmetric=True)
+            kept.append(fixed)
+    return kept
 
 
 def linear_paths(program: Program) -> list[str]:

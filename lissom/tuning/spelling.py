@@ -131,6 +131,8 @@ def pipeline_of(
     gone = {path for group, option in chosen if not option.left for path in group.linears}
     tables = [(group, option.scheme) for group, option in chosen if group.kind == TABLE]
     quantized = quantize_of({path: schemes.get(path, PLAIN) for path in linears if path not in gone}, tables)
+    if any(group.symmetric for group in groups):
+        quantized = [replace(pass_, symmetric=True) for pass_ in quantized]
     distill: list[Pass] = [Distill(steps=steps, precision="fp32")] if steps else []
     # Weights learn before they are cast and quantized; where nothing else is lossy, through the quantizers, if in float32.
     # A layer that is cast after it was quantized has no kernel.

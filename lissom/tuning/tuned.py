@@ -35,7 +35,7 @@ from lissom.tuning.losses import LossMeter
 from lissom.tuning.report import TuneReport
 from lissom.tuning.request import Request, SearchSettings, check_request
 from lissom.tuning.search import Search
-from lissom.tuning.sites import PLAIN, Group, Option, groups_of, linear_paths
+from lissom.tuning.sites import PLAIN, Group, Option, groups_for, groups_of, linear_paths
 from lissom.tuning.solve import require_scipy
 from lissom.tuning.spelling import EXACT
 from lissom.tuning.store import Store, number, text
@@ -127,6 +127,8 @@ def tune(model: nn.Module | Program, example_inputs: Inputs, settings: TuneSetti
         distill: train the finalists on the data for a part of the time.
         store: a directory for what is found, written as it is found: a search that was stopped goes on from there, and another
             bound takes the same tables.
+        for_server: `vllm` searches what `Optimized.save_compressed` writes for it: a scheme for each attention and each
+            feed-forward, symmetric, in the model's own precision. Times are those of the backends here, and not of the server.
 
     Raises:
         LissomError: as `compile`.
@@ -163,6 +165,8 @@ def search(program: Program, example: Inputs, request: Request, store: str | Pat
         example: inputs of the program, on which times are measured.
     """
     notes, groups = list[str](), groups_of(program)
+    if request.for_server is not None:
+        groups = groups_for(request.for_server, groups)
     trials = _trials(program, example, request, Store(store), clock)
     try:
         _search(trials, groups, request, notes)
@@ -185,7 +189,8 @@ def _trials(program: Program, example: Inputs, request: Request, kept: Store, cl
     compared = batches if request.metric is None else batches[:_MOST_COMPARED]
     quality = Quality.of(base, Divergence(program, compared), request.metric, request.max_drop)
     metric = "" if request.metric is None else _identity(request.metric, quality)
-    key = fingerprint(_place(workshop), batches, metric, request.memory)
+    served = () if request.for_server is None else (request.for_server,)
+    key = fingerprint(_place(workshop), batches, metric, request.memory, *served)
     milliseconds, size = _earlier_time(kept, key, first.backend) or workshop.milliseconds(base), workshop.size(base)
     exact = Candidate(EXACT, first.backend, milliseconds, milliseconds, milliseconds, size)
     aim = Aim(request.memory, request.max_drop, request.target_cost(exact.cost(request.memory)))
@@ -267,13 +272,13 @@ def _saving(costs: Mapping[Variant, CostTable], groups: Sequence[Group], index: 
 def _variants(trials: Trials, request: Request) -> dict[Variant, Candidate]:
     """The backends, each in the program's own precision and in bfloat16 where that is cheaper, measured; the cheapest first.
 
-    Padding is left out where that is faster on the example inputs.
+    Padding is left out where that is faster on the example inputs. A checkpoint for a server says neither.
     """
-    padded = not request.memory and _has_padding(trials.workshop.program, trials.workshop.sample)
+    padded = not request.memory and request.for_server is None and _has_padding(trials.workshop.program, trials.workshop.sample)
     measured = {Variant(trials.exact.backend): trials.exact}
     for backend in request.backends:
         plain: Candidate | None = None
-        for variant in (Variant(backend), Variant(backend, bf16=True)):
+        for variant in (Variant(backend), *([] if request.for_server else [Variant(backend, bf16=True)])):
             base = measured.get(variant) or _base(trials, variant)
             if base is None or (plain is not None and base.cost(request.memory) >= _PAYS * plain.cost(request.memory)):
                 continue
@@ -325,6 +330,8 @@ def _remarks(trials: Trials, request: Request) -> Iterator[str]:
         yield "data= holds one batch, so passes calibrate on the batch that is judged: give two or more"
     if request.metric is None:
         yield "without a metric, drops are relative output errors on data="
+    if request.for_server is not None:
+        yield f"the passes are those of checkpoints for {request.for_server}; times are Lissom's here, and not the server's"
     if trials.quality.noise:
         yield f"two measurements of the exact program's metric differ by {trials.quality.noise:.2g}; drops are as uncertain"
     if trials.store.foreign:

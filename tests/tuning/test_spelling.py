@@ -15,9 +15,12 @@ from lissom.tuning.sites import (
     LOW_RANK,
     NO_LINEARS,
     PATTERN,
+    PLAIN,
+    SCHEMES,
     TABLE,
     Group,
     Option,
+    groups_for,
     groups_of,
     linear_paths,
 )
@@ -43,6 +46,18 @@ def test_the_groups_of_a_bert(program):
     assert forward.lefts() == [24, 18, 12, 6, 3, 0]
     held = [path for group in groups for path in group.linears]
     assert len(held) == len(set(held))
+
+
+def test_groups_for_a_server_have_schemes_of_its_checkpoints(program):
+    """One for all layers of an attention and of a feed-forward, without zero points, and nothing is removed."""
+    groups, linears = groups_for("vllm", groups_of(program)), linear_paths(program)
+    assert [(group.kind, len(group.linears)) for group in groups] == [("attention", 4)] * 2 + [("feed-forward", 2)] * 2
+    assert {option.left for group in groups for option in group.options(SCHEMES)} == {1}
+    assert set(groups[0].schemes) <= {PLAIN, "int8-dynamic", "int8-weight", "int4-weight"}
+    options = [Option(1, scheme) for scheme in ("int8-dynamic", "int8-weight", "int8-weight", PLAIN)]
+    text = pipeline_of(groups, options, linears)
+    assert text.startswith("quantize{symmetric=true,schemes=")
+    assert read_options(groups, text) == options
 
 
 def quantized(groups):

@@ -19,6 +19,7 @@ from lissom.passes import RECIPES
 from lissom.tuning.store import Store
 from lissom.tuning.tuned import _identity
 from tests.support.models import feed_forward, normal, seeded, tiny_bert, tokens
+from tests.support.quantized_checkpoints import small_config, small_model
 from tests.tuning.searches import FAMILIES, batches
 
 
@@ -39,6 +40,19 @@ def test_the_text_gives_the_same_program_again(family):
     for batch in data:
         for one, other in zip(leaves(tuned.best(**batch)), leaves(again(**batch)), strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_what_is_found_for_a_server_is_a_checkpoint_for_it(tmp_path):
+    """Several schemes, with q, k and v in one of them, which transformers loads."""
+    pytest.importorskip("compressed_tensors")
+    model = small_model(small_config(kind="qwen3")).float()
+    data = [{"input_ids": torch.arange(3, 27).view(2, 12) + shift} for shift in range(4)]
+    tuned = lissom.tune(model, data[0], data=data, max_drop=0.1, goal="memory", minutes=0.4, distill=False, for_server="vllm")
+    assert "checkpoints for vllm" in str(tuned.report)
+    found = lissom.optimize(model, data[0], passes=tuned.pipeline, data=data)
+    written = found.save_compressed(tmp_path / "checkpoint")
+    assert tuned.pipeline != "exact" and sum(written.schemes.values()) >= 6
 
 
 @pytest.mark.slow
@@ -182,6 +196,7 @@ def test_a_metric_that_does_not_measure_is_refused(metric, sentence):
         ({"target": 1.0}, UnsupportedError, "target= is 1.0; give a factor above 1"),
         ({"target": "5 MB"}, UnsupportedError, "target= is '5 MB'; give a factor above 1, such as 2.0, or a time"),
         ({"target": "5 ms", "goal": "memory"}, UnsupportedError, "or a size such as '20 MB'"),
+        ({"for_server": "tgi"}, UnsupportedError, "for_server= is 'tgi'; choose vllm, or leave it out"),
         ({"minutes": 0}, UnsupportedError, "minutes= is 0"),
         ({"minutes": math.inf}, UnsupportedError, "minutes= is inf"),
         ({"backends": ()}, UnsupportedError, "backends= is empty"),

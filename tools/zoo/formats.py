@@ -25,6 +25,7 @@ import torch
 
 import lissom
 from lissom.errors import LissomError, VerifyError
+from tests.support.gguf_models import byte_level
 from tools.zoo import huggingface, selection
 from tools.zoo.check import sentence
 from tools.zoo.coverage import load, put_section
@@ -43,8 +44,15 @@ class Cell(NamedTuple):
     write: Callable[[lissom.Optimized, Path], object]
 
 
+def _export_gguf(optimized: lissom.Optimized, path: Path) -> object:
+    return optimized.export_gguf(path, tokenizer=byte_level())
+
+
 CELLS = (
     Cell("pt2", "exact", "PyTorch", lissom.Optimized.export_pt2),
+    Cell("pt2", "quantize{scheme=int8-dynamic}", "PyTorch", lissom.Optimized.export_pt2),
+    Cell("gguf", "exact", "llama.cpp", _export_gguf),
+    Cell("gguf", "quantize{scheme=int4-weight}", "llama.cpp", _export_gguf),
     Cell("openvino", "exact", "OpenVINO", lissom.Optimized.export_openvino),
     Cell("openvino", "quantize{scheme=int8-weight}", "OpenVINO", lissom.Optimized.export_openvino),
     Cell("genai", "exact", "ONNX Runtime GenAI", lissom.Optimized.save_genai),
@@ -67,8 +75,8 @@ _SECTION = "## In formats of other runtimes\n"
 _INTRODUCTION = """\
 Models of transformers in the [formats of other runtimes](export.md), each loaded by its library and compared with the program:
 `python -m tools.zoo.formats` does it. The error is the largest of the outputs, relative; bytes are those of the file or folder
-as a part of the model's weights in float32. GGUF files have a [table of their own](export.md#gguf-for-llamacpp), and ONNX files
-are in the first table.
+as a part of the model's weights in float32. For GGUF files it is the largest of log probabilities, and llama.cpp itself rounds
+the inputs of products with int4 weights. ONNX files are in the first table.
 """
 
 
@@ -107,7 +115,8 @@ def _outcome(cell: Cell, case: Any, size: int) -> Record:
             return {"outcome": kind, "reason": sentence(error)}
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         share = sum(file.stat().st_size for file in files) / size
-        return {"outcome": EQUAL, "reason": None, "error": float(written.relative_error), "share": share}
+        error = written.difference if cell.format == "gguf" else written.relative_error
+        return {"outcome": EQUAL, "reason": None, "error": float(error), "share": share}
 
 
 def is_wrong(record: Record) -> bool:

@@ -60,7 +60,7 @@ INSERTED_OR_GONE = (aten.unsqueeze.default, *SQUEEZES)
 """Dimensions of size 1 that come or go."""
 SPLITS = (
     *(aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes),
-    *(aten.chunk.default, aten.tensor_split.sections),
+    *(aten.chunk.default, aten.tensor_split.sections, aten.tensor_split.indices),
 )
 """Split a dimension into pieces."""
 CONCATENATIONS = (aten.cat.default, aten.concat.default, aten.concatenate.default)

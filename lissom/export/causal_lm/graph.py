@@ -1,7 +1,8 @@
 """The steps from a program without a KV cache to an ONNX graph that a cache can be added to, whatever the runtime.
 
-    model = exported_of(program, example, runtime)
-    positions = take_positions(model), mask = take_mask(model)
+    model = export(causal(program, example, runtime), example, runtime)
+    mask = take_mask(model)
+    take_positions(model)
 
 Each causal attention is a `BlockSparseAttention` with its pattern of positions and no mask. Where the program counts its tokens
 from 0, the graph reads position_ids. Nothing else in a program may depend on earlier tokens: writers compare a text in parts
@@ -14,7 +15,7 @@ import onnx_ir as ir
 
 from lissom.backends.exported import kind_and_reason
 from lissom.backends.onnx.export import export_onnx
-from lissom.backends.onnx.rewriting import Writer, constant_of, fixed_size, nodes_of, shape_of
+from lissom.backends.onnx.rewriting import Writer, constant_of, nodes_of, shape_of
 from lissom.backends.onnx.translation import DOMAIN, SPARSE_ATTENTION, check_translatable
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.operators import ATTENTIONS, FAKE_QUANTIZES
@@ -157,5 +158,4 @@ def only_logits(model: ir.Model, runtime: Runtime) -> ir.Value:
     logits = model.graph.outputs[0]
     if logits.name != LOGITS or len(shape_of(logits)) != 3:
         raise UnsupportedError(f"the program does not return logits for each token, from which {runtime.name} takes the next")
-    fixed_size(logits, -1)
     return logits

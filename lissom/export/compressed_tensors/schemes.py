@@ -139,9 +139,8 @@ def layers_of(program: Program, weights: Iterable[QuantizedWeight]) -> dict[str,
         if len(inputs) > 1:
             raise UnsupportedError(f"{program.name} quantizes the inputs of '{name}' in several ways, and the format says one")
         kind, product = next(iter(inputs.items()))
-        fixed = None if product is None or kind is None or kind.is_dynamic else input_of(product)
         scheme = _checked(name, LayerScheme(_weights(reads[0]), kind))
-        grid = None if fixed is None else _grid(program, fixed)
+        grid = None if product is None or kind is None or kind.is_dynamic else _grid(program, input_of(product))
         layers[name] = Layer(scheme, reads[0].stored, nodes.tensor_type(reads[0].node).dtype, grid)
     _refuse_others(program, {read.node for reads in by_name.values() for read in reads})
     known = {layer.scheme for layer in layers.values()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,14 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import tolerance_of
 from lissom.errors import UnsupportedError
 from lissom.export.checkpoint import plain_model
+from lissom.export.compressed_tensors.kv_cache import (
+    CacheScales,
+    KvCache,
+    check_kv_cache,
+    describe_rounding,
+    measure,
+    write_scheme,
+)
 from lissom.export.compressed_tensors.layers import notes, placed, width_multiple
 from lissom.export.compressed_tensors.reload import hash_of, reload
 from lissom.export.compressed_tensors.schemes import Layer, check_fused, check_loads, layers_of
@@ -44,8 +52,6 @@ _ROUNDINGS = 4.0
 """The most that outputs may differ where two libraries round inputs as finely, relative to the error of one rounding: a value
 that is rounded the other way changes all later ones, so two such errors add up, and the largest of the logits is up to twice as
 large for one as for the other."""
-_MIDDLE = 128
-"""What uint8 exceeds int8 by."""
 _NOT_COMPARED = "not compared: vLLM, which computes in float16 or bfloat16 by kernels of its own"
 
 
@@ -80,44 +86,58 @@ def write_compressed(
     directory: Path,
     tokenizer: Saveable | None = None,
     processor: Saveable | None = None,
+    kv_cache: KvCache | None = None,
+    data: Sequence[Sample] = (),
 ) -> CompressedCheckpoint:
     """Write the directory, completely or not at all, after the library loaded it.
 
     Args:
         program: captured from the model and not lowered.
         example: flat inputs for the comparison.
+        kv_cache: writes scales for keys and values in this format.
+        data: flat inputs that the scales are measured on; by default the example.
 
     Raises:
         UnsupportedError: if the format cannot say the program, or compressed-tensors is not installed.
         ArtifactError: if the directory exists, or cannot be written.
     """
     check_new(directory)
+    check_kv_cache(kv_cache)
     _check_library(model)
-    arguments_of(program, model, example)
+    arguments = _call(program, model, example)
     made = _quantized_model(program, model, example)
-    errors: list[_Errors] = []
+    if kv_cache is not None:
+        batches = [_call(program, model, sample) for sample in data] or [arguments]
+        made = replace(made, cache=measure(made.model, batches, arguments))
+    compared: list[_Compared] = []
 
     def write(folder: Path) -> None:
         _compress(made, folder)
-        errors.append(_confirm(program, model, example, folder, made))
+        compared.append(_confirm(program, model, example, folder, made))
         write_processors(folder, str(model.config._name_or_path) or None, tokenizer, processor)
 
     write_directory(directory, write)
-    said = made.notes
-    if made.rounds_inputs:
-        said = (*said, _describe_rounding(errors[0]))
+    (found,) = compared
+    said = (*made.notes, *found.notes)
     kinds = Counter(str(layer.scheme) for layer in made.layers.values())
     megabytes = sum(file.stat().st_size for file in directory.iterdir()) / 1e6
-    return CompressedCheckpoint(dict(kinds.most_common()), megabytes, errors[0].rounded, (*said, _NOT_COMPARED))
+    return CompressedCheckpoint(dict(kinds.most_common()), megabytes, found.relative_error, (*said, _NOT_COMPARED))
+
+
+def _call(program: Program, model: nn.Module, sample: Sample) -> dict[str, Any]:
+    """The arguments of a call of the model, by name."""
+    tensors, options = arguments_of(program, model, sample)
+    return {**tensors, **options}
 
 
 @dataclass(frozen=True)
 class _QuantizedModel:
-    """A model of transformers, and its layers to quantize by their paths."""
+    """A model of transformers, its layers to quantize by their paths, and scales of its keys and values."""
 
     model: Any
     layers: Mapping[str, Layer]
     notes: tuple[str, ...]
+    cache: CacheScales | None = None
 
     @property
     def rounds_inputs(self) -> bool:
@@ -141,11 +161,12 @@ def _quantized_model(program: Program, model: PreTrainedModel, example: Sample) 
     return _QuantizedModel(made.model, layers, tuple(notes(layers, dense, made.padded)))
 
 
-def _describe_rounding(errors: _Errors) -> str:
+def _describe_rounding(rounded: float, unrounded: float) -> str:
+    """The note on the errors of outputs with inputs of layers as the checkpoint says, and in floating point."""
     return (
         f"transformers rounds inputs of layers by x / scale + zero_point in the model's dtype, and the program by x / scale in "
         f"float32, so values near the middle of two integers may differ by one: outputs differ by "
-        f"{errors.rounded:.1e} relative, and by {errors.unrounded:.1e} with inputs in floating point"
+        f"{rounded:.1e} relative, and by {unrounded:.1e} with inputs in floating point"
     )
 
 
@@ -189,26 +210,36 @@ def _compress(made: _QuantizedModel, folder: Path) -> None:
         module.weight = _parameter(layer.dequantized(torch.float32))
         module.weight_scale = _parameter(scale.reshape(shape))
         if stored.zero_point is not None:
-            middle = 1 << (FORMATS[stored.format].bits - 1)
-            module.weight_zero_point = _parameter((stored.zero_point.int() - middle).to(torch.int8).reshape(shape))
+            module.weight_zero_point = _parameter(_signed(stored.zero_point, stored.format).reshape(shape))
         elif hasattr(module, "weight_zero_point"):
             # Adding 0 would turn -0 of fp8 into 0.
             del module.weight_zero_point
         _fix_input(module, layer)
         compressors.compress_module(module)
         module.weight_scale = _parameter(scale.to(layer.dtype).reshape(shape))
+    for path, scales in ({} if made.cache is None else made.cache.scales).items():
+        module, dtype = model.get_submodule(path), next(model.parameters()).dtype
+        module.k_scale, module.v_scale = (_parameter(scale.to(dtype).reshape(1)) for scale in scales)
     compressor = compressors.ModelCompressor.from_pretrained_model(model)
     model.save_pretrained(folder)
     compressor.update_config(str(folder))
+    if made.cache is not None:
+        write_scheme(folder)
 
 
 def _fix_input(module: Any, layer: Layer) -> None:
     """Give the module the scale and the zero point of a fixed quantizer of its input."""
     if layer.input_grid is not None:
-        scale, zero_point = layer.input_grid
+        assert layer.scheme.inputs is not None
+        (scale, zero_point), shape = layer.input_grid, module.input_scale.shape
         # Layers of one input share its scale in the program, and safetensors has no place for that.
-        module.input_scale = _parameter(scale.to(layer.dtype).reshape(module.input_scale.shape).clone())
-        module.input_zero_point = _parameter((zero_point.int() - _MIDDLE).to(torch.int8).reshape(module.input_scale.shape))
+        module.input_scale = _parameter(scale.to(layer.dtype).reshape(shape).clone())
+        module.input_zero_point = _parameter(_signed(zero_point, layer.scheme.inputs.format).reshape(shape))
+
+
+def _signed(zero_point: torch.Tensor, format: str) -> torch.Tensor:
+    """The zero point of an unsigned format for the signed integers of the checkpoint."""
+    return (zero_point.int() - (1 << (FORMATS[format].bits - 1))).to(torch.int8)
 
 
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:
@@ -216,17 +247,18 @@ def _parameter(tensor: torch.Tensor) -> nn.Parameter:
 
 
 @dataclass(frozen=True)
-class _Errors:
-    """The relative errors of the checkpoint's outputs, with inputs of layers as it says, and in floating point."""
+class _Compared:
+    """The relative error of the checkpoint's outputs, and notes on what rounding changes."""
 
-    rounded: float
-    unrounded: float
+    relative_error: float
+    notes: Sequence[str]
 
 
-def _confirm(program: Program, model: PreTrainedModel, example: Sample, folder: Path, made: _QuantizedModel) -> _Errors:
+def _confirm(program: Program, model: PreTrainedModel, example: Sample, folder: Path, made: _QuantizedModel) -> _Compared:
     """Load the checkpoint in a fresh process, and compare it. Raises UnsupportedError if it is another model."""
     packed = any(layer.scheme.has_packed_zero_points for layer in made.layers.values())
-    loaded = reload(program, model, example, folder, [*made.layers], dequantize=packed)
+    attentions = [] if made.cache is None else [*made.cache.scales]
+    loaded = reload(program, model, example, folder, [*made.layers], attentions, dequantize=packed)
     differing = [path for path, layer in made.layers.items() if loaded.hashes[path] != hash_of(layer.dequantized(layer.dtype))]
     if differing:
         raise UnsupportedError(
@@ -244,9 +276,13 @@ def _confirm(program: Program, model: PreTrainedModel, example: Sample, folder: 
             f"differs by {error:.2g} relative, allowed {allowed:.2g}; low-rank factors and changed operators are no weights of "
             f"the model"
         )
+    said: list[str] = []
+    if made.cache is not None:
+        said.append(describe_rounding(program, made.cache, loaded.cached, loaded.unrounded))
     if unrounded is program:
-        return _Errors(error, error)
-    return _Errors(_checked_rounding(program, example, loaded.outputs, wanted), error)
+        return _Compared(error, said)
+    rounded = _checked_rounding(program, example, loaded.outputs, wanted)
+    return _Compared(rounded, [_describe_rounding(rounded, error), *said])
 
 
 def _checked_rounding(

@@ -10,7 +10,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lissom.errors import UnsupportedError
-from lissom.export.causal_lm.names import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT, Layer, Runtime
+from lissom.export.causal_lm.names import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LOGITS,
+    PAST,
+    POSITION_IDS,
+    PRESENT,
+    Layer,
+    Runtime,
+    is_decoder,
+)
 from lissom.frontends.generation.decoder import longest_text, longrope_switch
 
 if TYPE_CHECKING:
@@ -42,16 +52,15 @@ RUNTIME = Runtime("ONNX Runtime GenAI", "ONNX Runtime", "be GroupQueryAttention 
 
 def type_of(model: PreTrainedModel) -> str:
     """The type of a model in ONNX Runtime GenAI. Raises UnsupportedError if it has none."""
-    config: Any = model.config
-    if getattr(config, "is_encoder_decoder", False) or not model.can_generate():
+    if not is_decoder(model):
         raise UnsupportedError(
             f"ONNX Runtime GenAI folders are written for causal language models, and {type(model).__name__} is none; "
             f"CompiledModel.export_onnx writes encoders"
         )
-    known = TYPES.get(config.model_type)
+    known = TYPES.get(model.config.model_type)
     if known is None:
         raise UnsupportedError(
-            f"ONNX Runtime GenAI has no type for models of type '{config.model_type}'; it has some for {', '.join(TYPES)}"
+            f"ONNX Runtime GenAI has no type for models of type '{model.config.model_type}'; it has some for {', '.join(TYPES)}"
         )
     return known
 

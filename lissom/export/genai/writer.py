@@ -23,7 +23,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.errors import UnsupportedError
-from lissom.export.causal_lm.names import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT, Layer
+from lissom.export.causal_lm.names import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT, Layer, describe_layers
 from lissom.export.causal_lm.text import count_equal, logits_of
 from lissom.export.genai.families import CONFIG, configuration, context_length, type_of
 from lissom.export.genai.reload import Generated, generate
@@ -58,11 +58,9 @@ class GenaiFolder:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        windows = sum(1 for layer in self.layers if layer.window is not None)
-        sliding = f", {windows} of them with a sliding window" if windows else ""
         weights = ", ".join(f"{count} in {kind}" for kind, count in self.products.items()) or "in floating point"
         return (
-            f"{self.megabytes:.1f} MB; type {self.type}; {len(self.layers)} layers of attention{sliding}; weights: {weights}; "
+            f"{self.megabytes:.1f} MB; type {self.type}; {describe_layers(self.layers)}; weights: {weights}; "
             f"logits in ONNX Runtime within {self.relative_error:.1e} relative; {'; '.join(self.notes)}"
         )
 

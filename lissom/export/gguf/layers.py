@@ -9,13 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample
-from lissom.compiler.verify.divergence import tolerance_of
 from lissom.errors import UnsupportedError
-from lissom.export.checkpoint import error_of
 from lissom.export.gguf.families import FULL_HEADS, Family, Sizes, head_dim_of
-from lissom.export.gguf.projections import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, assign, parameters_of, separated
+from lissom.export.gguf.projections import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, parameters_of, separated
 from lissom.export.gguf.rope import rotary_fraction
 from lissom.export.gguf.weights import Weight, padded
 
@@ -156,14 +152,10 @@ def fit(weights: Mapping[str, Weight], sizes: Sizes, family: Family, config: Pre
 def _graph(family: Family, sizes: Sizes, config: Any) -> str:
     """The graph for layers of one width."""
     narrower = sizes.heads[0] * head_dim_of(config) != config.hidden_size
-    if not narrower or family.other_heads is None or not _turns_whole_heads(family, config):
+    # The graphs of Llama turn whole heads.
+    if not narrower or family.other_heads is None or rotary_fraction(config) != 1.0:
         return family.architecture
     return family.other_heads
-
-
-def _turns_whole_heads(family: Family, config: Any) -> bool:
-    """False for rotary embeddings over a part of each head, for which the graphs of Llama have no room."""
-    return family.architecture != "phi3" or rotary_fraction(config) == 1.0
 
 
 def _with_full_heads(sizes: Sizes, config: Any) -> Sizes:
@@ -184,44 +176,3 @@ def _reads_each_layer(architecture: str, weights: Mapping[str, Weight], config: 
     if architecture == "openelm":
         return bool(config.tie_word_embeddings)
     return not any(name.endswith(".bias") for name in weights) and rotary_fraction(config) == 1.0
-
-
-def confirm(
-    program: Program,
-    model: PreTrainedModel,
-    config: PretrainedConfig,
-    family: Family,
-    weights: Mapping[str, Weight],
-    sizes: Sizes,
-    example: Sample,
-    old: Mapping[str, str],
-) -> None:
-    """Compare the program with the model's layers at these weights and sizes. Raises UnsupportedError if they differ."""
-    with torch.device("meta"):
-        made: Any = type(model)(copy.deepcopy(config)).eval()
-    assign(made, weights, family)
-    if config.tie_word_embeddings:
-        made.lm_head.weight = made.get_input_embeddings().weight
-    buffers = dict(model.named_buffers())
-    for name, _ in list(made.named_buffers()):
-        path, _, leaf = name.rpartition(".")
-        setattr(made.get_submodule(path), leaf, buffers[old.get(name, name)])
-    for index, (heads, groups) in enumerate(zip(sizes.heads, sizes.key_value_heads, strict=True)):
-        _set_heads(made.get_submodule(family.own_name(f"{LAYER.format(index)}self_attn.").removesuffix(".")), heads, groups)
-    error = error_of(made, program, example)
-    if not error <= tolerance_of(program):
-        raise UnsupportedError(
-            f"no GGUF file holds this program: the layers of {type(model).__name__} with its weights differ by {error:.2g} "
-            f"relative, allowed {tolerance_of(program):.2g}; a file holds weights, also in int8 and int4, and no quantized "
-            f"activations, low-rank factors or changed operators"
-        )
-
-
-def _set_heads(attention: Any, heads: int, groups: int) -> None:
-    """Give an attention of transformers another number of heads and key/value heads."""
-    attention.num_key_value_groups = heads // groups
-    if hasattr(attention, "qkv_proj"):
-        attention.config = copy.deepcopy(attention.config)
-        attention.config.num_attention_heads, attention.num_key_value_heads = heads, groups
-    if hasattr(attention, "c_attn"):
-        attention.split_size = [count * attention.head_dim for count in (heads, groups, groups)]

@@ -77,10 +77,9 @@ def assign(model: nn.Module, weights: Mapping[str, Weight], family: Family) -> N
     """Set the model's parameters to weights by the names of Llama, of any sizes."""
     joined = {name: value_of(weight) for name, weight in weights.items()}
     for fused, parts in FUSED.items() if family.fuses else ():
-        first, *others = parts
+        first = parts[0]
         for name in [name for name in joined if f".{first}." in name]:
-            values = [joined.pop(name.replace(first, part)) for part in (first, *others)]
-            joined[name.replace(first, fused)] = torch.cat(values)
+            joined[name.replace(first, fused)] = torch.cat([joined.pop(name.replace(first, part)) for part in parts])
     transposed = transposed_weights(model)
     for name, value in joined.items():
         own = family.own_name(name)

@@ -51,6 +51,11 @@ class Vocabulary:
             return name if _PHI.search(name) else f"Phi-3 {name}"
         return _PHI.sub("Phi", name)
 
+    def plain_ids(self) -> list[int]:
+        """The tokens of ASCII characters, which llama.cpp tells one by one: it waits for the rest of a longer character."""
+        texts, types = (self.fields[f"tokenizer.ggml.{key}"][0] for key in ("tokens", "token_type"))
+        return [index for index, text in enumerate(texts) if types[index] == _NORMAL and text.isascii()]
+
     def write(self, writer: Any) -> None:
         """Write the metadata.
 

@@ -69,15 +69,7 @@ def rows_of(weight: Weight, rows: slice) -> Weight:
     """Some rows of the weight."""
     if not isinstance(weight, Blocks):
         return weight[rows]
-    exact = weight.exact
-    if exact is not None:
-        # Scales may be one for all rows.
-        scale = exact.scale if exact.scale.dim() == 0 or len(exact.scale) == 1 else exact.scale[rows]
-        zero_point = exact.zero_point
-        if zero_point is not None and zero_point.dim() and len(zero_point) > 1:
-            zero_point = zero_point[rows]
-        exact = StoredBlocks(exact.q[rows], scale, zero_point, exact.format)
-    return Blocks(weight.kind, weight.data[rows], exact)
+    return Blocks(weight.kind, weight.data[rows], None if weight.exact is None else weight.exact.of_rows(rows))
 
 
 def with_rows(weight: Weight, order: torch.Tensor) -> Weight:
@@ -125,7 +117,7 @@ def read_weights(program: Program, model: nn.Module, norm_offset: float, transpo
     weights: dict[str, Weight] = {name: weight.T if name in transposed else weight for name, weight in plain.items()}
     for weight in quantized_weights(program):
         if weight.order is None:
-            stored = _transposed(weight.stored) if weight.name in transposed else weight.stored
+            stored = weight.stored.transposed() if weight.name in transposed else weight.stored
             weights[weight.name] = blocks_of(stored) or in_floating_point(stored)
         else:
             weights[weight.name] = in_floating_point(weight.stored)[:, weight.order.argsort()]
@@ -138,13 +130,6 @@ def read_weights(program: Program, model: nn.Module, norm_offset: float, transpo
         if isinstance(stored, StoredWeight) and stored.transposed == (name in transposed):
             weights[name] = _as_in_file(stored, weight) or weight
     return weights
-
-
-def _transposed(stored: StoredBlocks) -> StoredBlocks:
-    """The transposed weight. Scales of a whole weight have no dimension to transpose."""
-    if stored.scale.dim():
-        return stored.transposed()
-    return StoredBlocks(stored.q.T.contiguous(), stored.scale, stored.zero_point, stored.format)
 
 
 def blocks_of(stored: StoredBlocks) -> Blocks | None:

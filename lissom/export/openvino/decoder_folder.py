@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.errors import UnsupportedError
-from lissom.export.causal_lm.names import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, Layer
+from lissom.export.causal_lm.names import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, Layer, describe_layers
 from lissom.export.causal_lm.text import count_equal, logits_of
 from lissom.export.openvino.folder import IR, OpenVinoFolder, check_installed, precision_note
 from lissom.export.openvino.generated import Conversion, Generation, convert_tokenizer, generate
@@ -58,16 +58,8 @@ class OpenVinoDecoderFolder(OpenVinoFolder):
     texts: bool
 
     def __str__(self) -> str:
-        windows = sum(1 for layer in self.layers if layer.window is not None)
-        sliding = f", {windows} of them with a sliding window" if windows else ""
         together = "several texts at a time" if self.texts else "one text at a time"
-        return f"decoder with {len(self.layers)} layers of attention{sliding}, {together}; {super().__str__()}"
-
-
-def is_decoder(model: object) -> TypeGuard[PreTrainedModel]:
-    """True for a causal language model of transformers."""
-    config, can_generate = getattr(model, "config", None), getattr(model, "can_generate", None)
-    return callable(can_generate) and bool(can_generate()) and not getattr(config, "is_encoder_decoder", False)
+        return f"decoder with {describe_layers(self.layers)}, {together}; {super().__str__()}"
 
 
 def write_openvino_decoder(

@@ -52,9 +52,8 @@ def recurrences_as_operators(model: nn.Module, device: torch.device | None = Non
         for name, (replaced, parameters) in _FUNCTIONS.items() if all(used.type == "cpu" for used in devices) else ():
             for module in modules_with(model, name):
                 own = vars(module)[name]
-                known = set(parameters) <= set(inspect.signature(inspect.unwrap(own)).parameters)
-                if known and not hasattr(own, _MARK):
-                    stack.enter_context(exchanged(module, name, _checked(own, partial(replaced, own))))
+                if set(parameters) <= set(_signature(own).parameters) and not hasattr(own, _MARK):
+                    stack.enter_context(exchanged(module, name, _checked(name, own, partial(replaced, own))))
         yield
 
 
@@ -64,12 +63,18 @@ def modules_with(model: nn.Module, name: str) -> list[ModuleType]:
     return [module for module in python_modules if module is not None and callable(vars(module).get(name))]
 
 
-def _checked(own: Function, replacement: Function) -> Function:
+def _signature(own: Function) -> inspect.Signature:
+    """The parameters of a function, also of one that transformers keeps in a module, to exchange it for a kernel."""
+    function = inspect.unwrap(own)
+    return inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+
+
+def _checked(name: str, own: Function, replacement: Function) -> Function:
     """The replacement, compared with the function itself where it computes numbers; in other threads the function itself."""
     thread = threading.get_ident()
 
     def call(*args: object, **kwargs: object) -> object:
-        packed = any(kwargs.get(name) is not None for name in _PACKED)
+        packed = any(kwargs.get(given) is not None for given in _PACKED)
         if threading.get_ident() != thread or packed or not args:
             return own(*args, **kwargs)
         if torch.compiler.is_exporting():
@@ -82,7 +87,6 @@ def _checked(own: Function, replacement: Function) -> Function:
         results = (output, args[0])
         error, allowed = _error((wanted, state), results), _allowed(args, kwargs)
         if error > allowed and _error(_exact(own, before, *args[1:], **kwargs), tree_map(_double, results)) > allowed:
-            name = getattr(own, "__name__", "a recurrence")
             raise CaptureError(
                 f"{name} and the operator for it differ by {error:.2g} relative, allowed {allowed:.2g}; the model's code "
                 f"may be changed, or its numbers may overflow"
@@ -138,7 +142,7 @@ def _allowed(args: Sequence[object], kwargs: Mapping[str, object]) -> float:
 
 def _delta_rule(own: Function, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gated delta rule, by chunks or by tokens, with a decay per head or per feature."""
-    bound = inspect.signature(inspect.unwrap(own)).bind(*args, **options)
+    bound = _signature(own).bind(*args, **options)
     bound.apply_defaults()
     arguments = bound.arguments
     query, key, value, decay, beta, state, wants_state, normalizes = (arguments[name] for name in _RULE)
@@ -179,7 +183,7 @@ def scans_continued(model: nn.Module, cache: Any) -> Generator[None]:
     with ExitStack() as stack:
         for module in modules_with(model, _FORGETS):
             for layer in model.modules():
-                if type(layer).__module__ == module.__name__ and _FORGETS in _names(type(layer)):
+                if type(layer).__module__ == module.__name__ and not _SCANS.isdisjoint(_names(type(layer))):
                     stack.enter_context(exchanged(layer, "forward", partial(_continued, layer, module, cache)))
         yield
 
@@ -268,6 +272,8 @@ _PACKED = ("cu_seqlens", "seq_idx")
 _SCAN = ("hidden_states", "dt", "A", "B", "C")
 _FORGETS = "mamba_selective_scan"
 """The function of transformers that computes the recurrence of Mamba-1, always from zeros."""
+_SCANS = {_FORGETS, "mamba_scan_forward"}
+"""The functions by which a layer calls it: itself, or one of transformers 5.25 and later that also reads the cache."""
 _FUNCTIONS: Mapping[str, tuple[Function, tuple[str, ...]]] = {
     "torch_chunk_gated_delta_rule": (_delta_rule, _RULE),
     "torch_recurrent_gated_delta_rule": (_delta_rule, _RULE),

@@ -222,7 +222,7 @@ def _load_saved(directory: Path) -> tuple[PreTrainedModel, set[str], tuple[str, 
         raise ArtifactError(f"{directory} has a config but no weights; put model.safetensors next to config.json")
     check_shards(directory)
     architectures = fields.get("architectures") or ["AutoModel"]
-    model_class = getattr(transformers, architectures[0], transformers.AutoModel)
+    model_class: Any = getattr(transformers, architectures[0], transformers.AutoModel)
     quantization = quantization_config(directory, fields)
     if quantization is not None:
         return _load_quantized(directory, model_class, quantization)

@@ -1,13 +1,15 @@
 """Remove operators that return their argument unchanged.
 
 Dropout outside training, assertions, aliases and copies, casts to the same dtype, slices, expands and reshapes to the same
-sizes, and additions of 0 or multiplications by 1. Such an operator is the identity exactly when its result has its argument's
-type. `view` becomes `reshape`, because without a copy its argument may have strides that it cannot view; `type_as` becomes a
-cast to a named dtype, and `copy`, to which export turns an assignment and which has no gradient, a cast of what is assigned.
+sizes, splits of which one piece is the whole, concatenations of one tensor, and additions of 0 or multiplications by 1. Such an
+operator is the identity exactly when its result has its argument's type. `view` becomes `reshape`, because without a copy its
+argument may have strides that it cannot view; `type_as` becomes a cast to a named dtype, and `copy`, to which export turns an
+assignment and which has no gradient, a cast of what is assigned.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +28,7 @@ aten = torch.ops.aten
 _COPIES = {*ops.COPIES, aten._to_copy.default}
 _IDENTITY_IF_SAME_TYPE = {
     *(*ops.COPIES, *ops.ALIASES, *ops.CONVERSIONS, *ops.EXPANDS, aten.expand_as.default, *ops.RESHAPES, *ops.RESHAPES_AS),
-    *(aten.repeat.default, *ops.SQUEEZES, aten.slice.Tensor),
+    *(aten.repeat.default, *ops.SQUEEZES, aten.slice.Tensor, operator.getitem, *ops.CONCATENATIONS),
 }
 _ZERO_IS_NEUTRAL = {*ops.ADD, *ops.SUBTRACT}
 _ONE_IS_NEUTRAL = {*ops.MULTIPLY, *ops.DIVIDE, aten.pow.Tensor_Scalar}
@@ -45,13 +47,23 @@ class RemoveNoOps(Rewrite):
                 edit.change_call(node, aten.reshape.default, *node.args)
             if node.target is aten.copy.default:
                 _assign(edit, node)
-            source = node.args[0] if node.args else None
+            source = _source(node)
             if node.target in ops.CASTS_LIKE and not node.kwargs and len(node.args) == 2:
                 tensor_type = nodes.tensor_type(node)
                 if tensor_type.device == nodes.tensor_type(source).device:
                     edit.change_call(node, aten.to.dtype, source, tensor_type.dtype)
             if isinstance(source, fx.Node) and _gives_back(node) and not _guards(edit, node, source):
                 edit.replace(node, source)
+
+
+def _source(node: fx.Node) -> object:
+    """The value that the call may give back: its first argument, the tensor it takes a piece of, or the only one it joins."""
+    first = node.args[0] if node.args else None
+    if node.target is operator.getitem and nodes.is_call(first, *ops.SPLITS):
+        return nodes.operand(first)
+    if node.target in ops.CONCATENATIONS and isinstance(first, list) and len(first) == 1:
+        return first[0]
+    return first
 
 
 def _assign(edit: Editor, node: fx.Node) -> None:
@@ -67,7 +79,7 @@ def _assign(edit: Editor, node: fx.Node) -> None:
 
 
 def _gives_back(node: fx.Node) -> bool:
-    """True when the call's result is its first argument."""
+    """True when the call's result is its source."""
     if node.target in ops.DROPOUTS:
         return not nodes.argument(node, "train") or nodes.argument(node, "p") == 0
     if node.target in _ZERO_IS_NEUTRAL and not _is_number(node, 0):
@@ -75,7 +87,7 @@ def _gives_back(node: fx.Node) -> bool:
     if node.target in _ONE_IS_NEUTRAL and not _is_number(node, 1):
         return False
     known = _IDENTITY_IF_SAME_TYPE | _ZERO_IS_NEUTRAL | _ONE_IS_NEUTRAL
-    source = node.args[0] if node.target in known else None
+    source = _source(node) if node.target in known else None
     return nodes.is_tensor(source) and fake.same_type(fake.mode_of(source), nodes.node_type(node), nodes.node_type(source))
 
 

@@ -23,6 +23,7 @@ from lissom.cli.main import app
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.export.checkpoint import plain_model
+from lissom.export.compressed_tensors.kv_cache import _outputs, _round, describe_rounding, measure
 from lissom.export.compressed_tensors.layers import padded
 from lissom.export.compressed_tensors.reload import reload
 from lissom.export.compressed_tensors.schemes import Inputs, LayerScheme, check_fused, check_loads
@@ -222,6 +223,42 @@ def test_what_is_written(tmp_path):
     assert (inputs["num_bits"], inputs["strategy"], inputs["symmetric"], inputs["dynamic"]) == (8, "token", False, True)
 
 
+def test_scales_of_keys_and_values_are_measured_on_data(tmp_path):
+    """They are the largest of the data, not of the example, and what rounding changes is told."""
+    ids = torch.randint(3, 40, (4, 30), generator=torch.Generator().manual_seed(0))
+    found = optimized("quantize{scheme=int8-weight}", ids=ids[:, :5])
+    model: Any = found._model
+    written = found.save_compressed(tmp_path / "checkpoint", kv_cache="fp8", data=[{"input_ids": ids[:2]}, {"input_ids": ids}])
+    assert written.relative_error < 2e-5
+    note = next(note for note in written.notes if note.startswith("keys and values in fp8 change the outputs by "))
+    assert 1e-3 < float(note.split(" by ")[1].split()[0]) < 0.5
+    scheme = json.loads((tmp_path / "checkpoint" / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    assert (scheme["num_bits"], scheme["type"], scheme["strategy"], scheme["dynamic"]) == (8, "float", "tensor", False)
+    stored = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True)["cache"]
+    for index, layer in enumerate(cache.layers):
+        for part, tensor in (("k", layer.keys), ("v", layer.values)):
+            # The weights in int8 change keys and values by a few thousandths.
+            wanted = float(tensor.abs().max()) / 448
+            assert float(stored[f"model.layers.{index}.self_attn.{part}_scale"]) == pytest.approx(wanted, rel=0.02)
+
+
+def test_a_library_that_rounds_keys_and_values_otherwise_is_found_out():
+    found = optimized("quantize{scheme=int4-weight,symmetric=true}")
+    model: Any = found._model
+    call = {"input_ids": IDS, "use_cache": False}
+    measured = measure(model, [call], call)
+    with torch.no_grad():
+        exact = [model(**call)["logits"]]
+    told = describe_rounding(found.program, measured, measured.rounded, exact)
+    assert told.endswith("those of transformers differ by 0.0e+00")
+    scale = torch.tensor(8.0)
+    coarser = _outputs(model, call, lambda _, keys, values: (_round(keys, scale), _round(values, scale)))
+    with pytest.raises(UnsupportedError, match="transformers rounds the keys and values of LlamaForCausalLM otherwise"):
+        describe_rounding(found.program, measured, coarser, exact)
+
+
 @pytest.mark.slow
 def test_rounded_inputs_differ_by_less_than_rounding_changes(tmp_path):
     """Of more layers and tokens, where some values are rounded the other way."""
@@ -277,20 +314,25 @@ def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(config).eval()
 
 
+def bert() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 40}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).eval()
+
+
 def scattered(folder: Path) -> Any:
     """A checkpoint of GPTQ whose groups are not of neighbours."""
     write(folder, "gptq", scattered=lambda columns, group: torch.randperm(columns).numpy() // group)
     return load(str(folder), with_inputs=False).model
 
 
-def refused(passes: str, model: Any = None) -> Any:
+def refused(passes: str, model: Any = None, **options: Any) -> Any:
     """A call that has to leave nothing behind in an empty folder."""
 
     def call(folder: Path) -> None:
         model_here = model(folder / "gptq") if model is scattered else model() if model is not None else None
         before = {*folder.iterdir()}
         try:
-            optimized(passes, model_here).save_compressed(folder / "checkpoint")
+            optimized(passes, model_here).save_compressed(folder / "checkpoint", **options)
         finally:
             assert {*folder.iterdir()} == before
 
@@ -325,6 +367,11 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "other modules": (
         "and compressed-tensors quantizes the weights of nn.Linear alone",
         refused("quantize{scheme=int8-weight}", gpt2),
+    ),
+    "other KV cache": ("kv_cache= is 'int4'; choose fp8", refused("quantize{scheme=int8-weight}", kv_cache="int4")),
+    "KV cache of an encoder": (
+        "kv_cache= is for decoders of transformers, and BertForSequenceClassification takes no KV cache",
+        refused("quantize{scheme=int8-weight}", bert, kv_cache="fp8"),
     ),
     "own class": (
         "Own is no class of transformers",

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import lissom
 from lissom.cli.main import app
 from lissom.errors import ArtifactError, UnsupportedError
+from lissom.export.gguf import comparison
 from lissom.export.gguf.families import FAMILIES, Sizes, describe, family_of
 from lissom.export.gguf.layers import fit
 from lissom.export.gguf.vocabulary import read_vocabulary
@@ -124,7 +125,14 @@ def test_each_layer_has_its_own_width(pruned, tmp_path):
     query = weights["model.layers.1.self_attn.q_proj.weight"]
     # Feature 1 of a head is the first of its second half, 8 of 16.
     assert torch.equal(tensors["blk.1.attn_q.weight"][[0, 1, 2, 17]], query[[0, 8, 1, 24]])
-    assert str(written).endswith("tensors: 21 in F32")
+    assert "tensors: 21 in F32; " in str(written)
+
+
+def test_what_was_not_compared_is_told(pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "PACKAGE", "package_that_nobody_has")
+    written = pruned.export_gguf(tmp_path / "model.gguf", tokenizer=byte_level())
+    assert written.difference is None
+    assert str(written).endswith("; not compared: llama.cpp, which is not installed, pip install 'lissom[llama-cpp]'")
 
 
 def test_dtype_is_that_of_matrices(pruned, tmp_path):

@@ -34,7 +34,7 @@ def test_blocks_are_read_by_gguf_to_the_bit(kind):
 
 @pytest.mark.parametrize("kind", [*KINDS, "Q5_0", "Q5_1"])
 def test_error_is_no_larger_than_that_of_llama_cpp(kind):
-    llama = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'lissom[zoo]'")
+    llama = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'lissom[llama-cpp]'")
     convert = getattr(ctypes.CDLL(llama.xllamacpp.__file__), f"quantize_{kind[0].lower()}{kind[1:]}")
     convert.restype, convert.argtypes = ctypes.c_size_t, [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_void_p]
     for name, weight in weights().items():

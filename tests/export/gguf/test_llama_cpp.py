@@ -11,11 +11,13 @@ import torch
 
 import lissom
 from lissom.compiler.ir.program import Program
+from lissom.errors import UnsupportedError
+from lissom.export.gguf import writer
 from lissom.export.gguf.k_types import quantized, type_of
 from tests.support.gguf_models import byte_fallback, byte_level, decoder, optimized
 
 pytest.importorskip("gguf")
-llama = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'lissom[zoo]'")
+llama = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'lissom[llama-cpp]'")
 pytestmark = pytest.mark.slow
 NAMES = {"embed_tokens": "token_embd.weight", "lm_head": "output.weight"}
 NAMES |= {"v_proj": "blk.{}.attn_v.weight", "down_proj": "blk.{}.ffn_down.weight"}
@@ -96,12 +98,23 @@ def test_llama_cpp_continues_a_text_as_the_program_does(family, passes, graph, f
     found = optimized(decoder(family, len(tokenizer), **fields), passes)
     written = found.export_gguf(tmp_path / "model.gguf", tokenizer=tokenizer)
     assert written.architecture == graph and set(written.types) == {"F32"}
+    assert written.difference is not None and written.difference < TOLERANCES.get(family, 1e-3)
     # Longer than the sliding window.
     prompt = [*range(40, 52), *[60] * 20]
     ids, losses = greedy(found.program, prompt, tokenizer.eos_token_id)
     again, told = continued(serve(tmp_path / "model.gguf"), prompt)
     assert again == ids
     assert told == pytest.approx(losses, abs=TOLERANCES.get(family, 1e-3))
+
+
+def test_a_file_of_which_llama_cpp_computes_something_else_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "INTERLEAVED", ())  # queries and keys in an order that is not llama.cpp's
+    tokenizer = byte_level()
+    found = optimized(decoder("llama", len(tokenizer), initializer_range=0.2))
+    sentence = r"log probabilities for the file of LlamaForCausalLM that differ by \d\S*, allowed \S+, so it is not written"
+    with pytest.raises(UnsupportedError, match=sentence):
+        found.export_gguf(tmp_path / "model.gguf", tokenizer=tokenizer)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_llama3_frequencies_are_written(tmp_path):

@@ -42,7 +42,7 @@ def test_a_recurrence_is_one_node_of_any_length(build, operator, count: int) -> 
     model.config.use_cache = False
     program = capture(model, (), {"input_ids": example}).program
     assert len(program.nodes(operator)) == count
-    assert len(program.nodes()) < 300
+    assert len(program.nodes()) < 400  # the loops over the tokens of a chunk are thousands
     for length in (1, 70, 130):
         ids = torch.randint(3, 99, (3, length), generator=torch.Generator().manual_seed(length))
         with torch.no_grad():

@@ -38,6 +38,8 @@ COPIES_FOR_THE_CALLER: dict[str, Function] = {
     "sum with zero": lambda x: x + 0,
     "product with one": lambda x: x * 1,
     "single repeat": lambda x: x.repeat(1, 1, 1),
+    "concatenation of one": lambda x: torch.cat([x], 1),
+    "split in one": lambda x: (x * 1).split(8, 2)[0],
 }
 
 
