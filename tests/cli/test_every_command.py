@@ -66,7 +66,7 @@ EXPORT = [
     "export {bpe} {new}/out.gguf --dtype f16 --checks structural",
     "export {bpe} {new}/out.gguf --types q4_k_m --checks structural",
     "export {bpe} {new}/out.gguf --passes prune-neurons{{keep=0.5}} --data {texts} --metric agreement --max-drop 1.0",
-    "export {bpe} {new}/out --format compressed-tensors --passes quantize{{scheme=int8-weight}}",
+    "export {bpe} {new}/out --format compressed-tensors --passes quantize{{scheme=int8-weight}} --kv-cache fp8 --data {texts}",
     "export {model} {new}/out.pt2 --format pt2",
     "export {model} {new}/out --format openvino --passes quantize{{scheme=int8-weight}}",
     "export {bpe} {new}/out --format genai --passes quantize{{scheme=int4-weight}}",
@@ -87,7 +87,7 @@ SLOW = [
     "tune {model} --data {texts} --metric cosine --max-drop 1% --minutes 0.1 --no-distill --store {new}/store -o {new}/saved",
     "tune {model} --data {texts} --goal memory --target 1.2 --minutes 0.1 --distill --backends eager --plot {new}/frontier.svg",
     "tune {model} --data {texts} --goal throughput --minutes 0.1 --no-distill",
-    "tune {decoder} --data {texts} --goal decode --max-length 64 --minutes 0.1 --no-distill",
+    "tune {decoder} --data {texts} --goal decode --max-length 64 --minutes 0.1 --no-distill --for-server vllm",
     "tune {decoder} --data {texts} --goal prefill --max-length 64 --minutes 0.1 --no-distill",
     "tune --show {store}",
 ]
