@@ -155,30 +155,34 @@ def add_older_names(configuration: Path) -> None:
     configuration.write_text(json.dumps(fields | {"rope_theta": angles["rope_theta"]}))
 
 
-class Genai:
-    """ONNX Runtime's own generator, onnxruntime-genai, on a model from its model builder."""
+def built(precision: str, checkpoint: Checkpoint) -> Genai:
+    """The model from onnxruntime-genai's own model builder."""
+    # A module of the builder has the name of a script in this folder; Python would import that one first.
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).parent]
+    sys.modules.pop("quantization", None)
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
-    def __init__(self, precision: str, checkpoint: Checkpoint) -> None:
+    source = tempfile.mkdtemp()
+    # The weights are already dequantized, whatever the file's format was.
+    model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**plain(checkpoint.model.config)))
+    model.load_state_dict(checkpoint.model.state_dict())
+    model.save_pretrained(source)
+    add_older_names(Path(source) / "config.json")
+    assert checkpoint.tokenizer is not None
+    checkpoint.tokenizer.save_pretrained(source)
+    call = ("", source, folder := tempfile.mkdtemp(), precision, "cpu", tempfile.mkdtemp())
+    create_model(*call, **parse_extra_options(*call, extra_options=None))
+    return Genai(folder)
+
+
+class Genai:
+    """ONNX Runtime's own generator, onnxruntime-genai, on a folder of its format."""
+
+    def __init__(self, folder: str | Path) -> None:
         import onnxruntime_genai as genai
 
-        # A module of the builder has the name of a script in this folder; Python would import that one first.
-        sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).parent]
-        sys.modules.pop("quantization", None)
-        from onnxruntime_genai.models.builder import create_model, parse_extra_options
-
-        source = tempfile.mkdtemp()
-        # The weights are already dequantized, whatever the file's format was.
-        model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**plain(checkpoint.model.config)))
-        model.load_state_dict(checkpoint.model.state_dict())
-        model.save_pretrained(source)
-        add_older_names(Path(source) / "config.json")
-        assert checkpoint.tokenizer is not None
-        checkpoint.tokenizer.save_pretrained(source)
-        folder = tempfile.mkdtemp()
-        call = ("", source, folder, precision, "cpu", tempfile.mkdtemp())
-        create_model(*call, **parse_extra_options(*call, extra_options=None))
+        self.genai, self.model = genai, genai.Model(str(folder))
         self.bytes_read = sum(path.stat().st_size for path in Path(folder).glob("*.onnx*"))
-        self.genai, self.model = genai, genai.Model(folder)
         self.reset()
 
     def reset(self) -> None:
@@ -227,8 +231,8 @@ ENGINES: dict[str, tuple[str, Callable[[Checkpoint], Engine]]] = {
     "torch-compile-bf16": ("torch.compile bf16, static cache", torch_compile),
     "torchao-int8": ("torchao int8 weights + torch.compile", lambda checkpoint: torchao(8, checkpoint)),
     "torchao-int4": ("torchao int4 weights + torch.compile", lambda checkpoint: torchao(4, checkpoint)),
-    "onnxruntime-fp32": ("ONNX Runtime (genai) fp32", lambda checkpoint: Genai("fp32", checkpoint)),
-    "onnxruntime-int4": ("ONNX Runtime (genai) int4", lambda checkpoint: Genai("int4", checkpoint)),
+    "onnxruntime-fp32": ("ONNX Runtime (genai) fp32", lambda checkpoint: built("fp32", checkpoint)),
+    "onnxruntime-int4": ("ONNX Runtime (genai) int4", lambda checkpoint: built("int4", checkpoint)),
     "lissom-fp32": ("Lissom fp32", lissom_engine("exact")),
     "lissom-bf16": ("Lissom bf16", lissom_engine(CAST)),
     "lissom-int8-int4": ("Lissom int8 table and head, int4 layers", lissom_engine(MIXED)),

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import lissom
 from lissom.cli.main import app
 from lissom.errors import ArtifactError, InputError, UnsupportedError
-from tests.export.genai.test_genai import INT4, INT8, PROMPT, PRUNED, VOCABULARY, Anchored, Backwards, small
 from tests.support.gguf_models import byte_level, decoder, optimized, save_checkpoint
 from tests.support.refusals import check, table
+from tests.support.written_decoders import INT4, INT8, PROMPT, PRUNED, VOCABULARY, Anchored, Backwards, small
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install 'lissom[openvino]'")
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}

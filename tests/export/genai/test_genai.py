@@ -20,6 +20,7 @@ from lissom.ops.pattern import UNBOUNDED, Condition, Pattern
 from tests.support.gguf_models import byte_level, decoder, optimized
 from tests.support.models import seeded
 from tests.support.refusals import check, table
+from tests.support.written_decoders import INT4, INT8, PROMPT, PRUNED, VOCABULARY, Anchored, Backwards, small
 
 onnx = pytest.importorskip("onnx", reason="ONNX is not installed: pip install 'lissom[onnx]'")
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install 'lissom[onnx]'")
@@ -27,7 +28,6 @@ pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip in
 from lissom.export.causal_lm.attention import window_of  # noqa: E402
 from lissom.export.genai.reload import generate  # noqa: E402
 
-VOCABULARY = 90
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 STEPS = 24
 REWOUND = """
@@ -65,10 +65,7 @@ while not generator.is_done():
 assert "lissom" not in sys.modules
 print(json.dumps(generator.get_sequence(0).tolist()))
 """
-PROMPT = [5, 17, 40, 3, 66, 21, 9, 71, 30, 12, 55, 8]
-INT4, INT8 = "quantize{scheme=int4-weight}", "quantize{scheme=int8-weight}"
 OTHERS = ["llama", "qwen3", "mistral", "qwen2", "gemma2", "phi3"]
-PRUNED = "prune-layers{keep=0.67},prune-heads{keep=0.5},prune-neurons{keep=0.5}"
 
 
 def needs_genai() -> None:
@@ -240,28 +237,6 @@ def test_not_compared_without_the_library(tmp_path, monkeypatch):
     written = optimized(decoder("llama", VOCABULARY)).save_genai(tmp_path / "new")
     assert "not compared: ONNX Runtime GenAI, which is not installed" in str(written)
     assert written.relative_error < 2e-5  # two float32 programs of three layers
-
-
-class Anchored(transformers.LlamaForCausalLM):
-    """Adds the logits of the first token to those of all others, which no KV cache has."""
-
-    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        found = super().forward(input_ids, **kwargs)
-        found.logits = found.logits + found.logits[:, :1]
-        return found
-
-
-class Backwards(transformers.LlamaForCausalLM):
-    """Every token sees every other."""
-
-    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        tokens = input_ids.shape[1]
-        mask = torch.zeros(input_ids.shape[0], 1, tokens, tokens, dtype=self.dtype, device=input_ids.device)
-        return super().forward(input_ids, attention_mask=mask, **kwargs)
-
-
-def small(kind: type, **fields: Any) -> Any:
-    return seeded(lambda: kind(decoder("llama", VOCABULARY, layers=1, **fields).config))
 
 
 def gpt2() -> Any:
