@@ -22,7 +22,7 @@ from lissom.compiler.verify.divergence import output_errors, run_samples, tolera
 from lissom.errors import CaptureError
 from lissom.frontends.capture.failures import describe_failure
 from lissom.frontends.capture.kv_cache import ReturnedCacheError, is_kv_cache_object
-from lissom.frontends.capture.layers_alike import layers_alike
+from lissom.frontends.capture.layers_alike import compare_alike
 from lissom.frontends.capture.untouched import nothing_registered, untouched
 
 
@@ -83,8 +83,7 @@ def confirm(
     wanted = answer if answer is not None and not program.state else _answer(model, program, example)
     _require_equal(program, model, example, wanted)
     if program.signature.dimensions:
-        with layers_alike(model, program):
-            _confirm_sizes(program, model, example)
+        compare_alike(model, program, lambda: _confirm_sizes(program, model, example))
     return program
 
 

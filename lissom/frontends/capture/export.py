@@ -54,7 +54,7 @@ from lissom.frontends.capture.kv_cache import (
     is_kv_cache_object,
     without_kv_cache,
 )
-from lissom.frontends.capture.layers_alike import layers_alike
+from lissom.frontends.capture.layers_alike import compare_alike, layers_alike
 from lissom.frontends.capture.nested_tensors import encoders_without_nesting
 from lissom.frontends.capture.recurrences import recurrences_as_operators
 from lissom.frontends.capture.untouched import assignments_as_writes, nothing_registered, untouched
@@ -127,8 +127,8 @@ def capture(
             notes += dropped
             # The caller's own model, unless it would have to be changed first: what a copy does may depend on the original.
             as_captured = dropped or any(module.training for module in given.modules())
-            with layers_alike(model, program):
-                confirm_calls(program, model if as_captured else given, args, kwargs)
+            own = model if as_captured else given
+            compare_alike(model, program, lambda: confirm_calls(program, own, args, kwargs))
     example = program.signature.flatten(args, kwargs)
     if device is not None:
         program, example = move(program, device), [tensor.to(device) for tensor in example]

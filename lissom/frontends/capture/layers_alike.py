@@ -7,7 +7,7 @@ those of a single layer of each form, which the memory holds: the code of a mode
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from lissom.compiler.ir.program import Program
 from lissom.compiler.paging import SPILLED, is_paged
+from lissom.errors import CaptureError
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -40,3 +41,20 @@ def layers_alike(model: nn.Module, program: Program | None = None) -> Generator[
     finally:
         for weight, data in reversed(own):  # a weight may be there twice
             weight.data = data
+
+
+def compare_alike(model: nn.Module, program: Program, compare: Callable[[], None]) -> None:
+    """Compare a model and its program with layers alike; a difference counts if they have it with their own weights too.
+
+    A layer that is repeated may amplify rounding far beyond what the layers of the model do.
+
+    Args:
+        compare: raises CaptureError if they differ; may be called twice.
+    """
+    try:
+        with layers_alike(model, program):
+            compare()
+    except CaptureError:
+        if not is_paged():
+            raise
+        compare()

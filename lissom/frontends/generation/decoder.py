@@ -31,7 +31,7 @@ from lissom.errors import CaptureError, InputError, UnsupportedError
 from lissom.frontends.capture.device import device_of
 from lissom.frontends.capture.export import Capture, capture, check_model, evaluating
 from lissom.frontends.capture.isolation import isolated, with_own_modules
-from lissom.frontends.capture.layers_alike import layers_alike
+from lissom.frontends.capture.layers_alike import compare_alike
 from lissom.frontends.capture.recurrences import recurrences_as_operators
 from lissom.frontends.capture.untouched import untouched
 from lissom.frontends.generation.decoder_state import State, buffers, cache_of, call, layer_states, masks_of_new_tokens
@@ -123,8 +123,8 @@ def _capture(
     with masks_of_new_tokens(model):
         captured = capture(stateful, (), dict(zip(INPUTS, example, strict=True)), dynamic=dynamic, device=device)
     check_state(model, captured.program)
-    with recurrences_as_operators(model, device), layers_alike(model, captured.program):
-        _confirm(captured.program, model, captured.example)
+    with recurrences_as_operators(model, device):
+        compare_alike(model, captured.program, lambda: _confirm(captured.program, model, captured.example))
     step = step_inputs(captured.example, max_length)
     checked = (*check_samples(captured.program.signature, captured.example), step)
     notes = (*captured.notes, describe_cache(captured.program))

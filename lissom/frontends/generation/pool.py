@@ -27,7 +27,7 @@ from lissom.errors import UnsupportedError
 from lissom.frontends.capture.device import device_of
 from lissom.frontends.capture.export import Capture, capture, evaluating
 from lissom.frontends.capture.isolation import exchanged, isolated, with_own_modules
-from lissom.frontends.capture.layers_alike import layers_alike
+from lissom.frontends.capture.layers_alike import compare_alike
 from lissom.frontends.capture.untouched import untouched
 from lissom.frontends.generation.decoder import (
     CACHE,
@@ -88,8 +88,7 @@ def capture_pool(
         captured = capture(stateful, (), dict(zip(INPUTS, example, strict=True)), dynamic=dynamic, device=device)
         check_state(own, captured.program)
         _check_single_tokens(name, captured.program)
-        with layers_alike(own, captured.program):
-            _confirm(captured.program, own, captured.example)
+        compare_alike(own, captured.program, lambda: _confirm(captured.program, own, captured.example))
     step = decode_inputs(captured.example, sequences)
     checked = (*check_samples(captured.program.signature, captured.example), step)
     size = state_bytes(captured.program) / 1e6
