@@ -171,6 +171,7 @@ def test_positions_that_all_texts_share_are_read_one_text_at_a_time(tmp_path):
     assert [str(port.get_partial_shape()) for port in read(tmp_path / "new").inputs] == ["[1,?]", "[1,?]", "[1,?]", "[1]"]
 
 
+@pytest.mark.slow
 def test_tokenizer(tmp_path):
     needs_genai()
     tokenizer = byte_level()

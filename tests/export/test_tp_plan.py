@@ -175,6 +175,7 @@ def test_programs_without_a_plan_are_refused(passes: str, message: str, tmp_path
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_one_layer_that_stays_whole_keeps_all_whole(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, inputs = bert()

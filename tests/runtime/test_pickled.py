@@ -40,6 +40,7 @@ def test_a_copy_of_a_copy_is_saved(backend: Backend, tmp_path):
     assert torch.equal(again(*case.args), model(*case.args))
 
 
+@pytest.mark.slow
 def test_the_files_of_a_copy_go_with_it(tmp_path, monkeypatch):
     model = compiled("feed_forward")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

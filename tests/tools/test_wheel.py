@@ -58,6 +58,7 @@ def fresh_environment(folder: Path, wheel: Path) -> Path:
     return python
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=str(MISSING))
 def test_wheel_runs_without_compiler_as_build_from_source_does(tmp_path):
     isa = usable_sets()[0]

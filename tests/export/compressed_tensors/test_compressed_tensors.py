@@ -262,6 +262,7 @@ def test_rounded_inputs_differ_by_less_than_rounding_changes(tmp_path):
     assert 0 < written.relative_error < 0.2 and "and by 0.0e+00 with inputs in floating point" in note
 
 
+@pytest.mark.slow
 def test_difference_of_a_changed_checkpoint_is_found(tmp_path):
     """A scale, and an option of the configuration, that changed after the checkpoint was written."""
     found = optimized("quantize{scheme=int4-weight,symmetric=true}")

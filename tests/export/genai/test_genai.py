@@ -205,6 +205,7 @@ def test_configuration_and_tokenizer(tmp_path):
     assert json.loads(ended.stdout) == tokenizer("once upon")["input_ids"]
 
 
+@pytest.mark.slow
 def test_the_tokenizer_names_the_end_of_texts_where_the_model_does_not(tmp_path):
     tokenizer = byte_level()
     model = decoder("llama", len(tokenizer), bos_token_id=None, eos_token_id=None)

@@ -180,6 +180,7 @@ def test_saved_models(backend: str, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_onnx_folders(tmp_path: Path) -> None:
     case = made("bert")
     inputs = case.inputs(_TEXTS)
