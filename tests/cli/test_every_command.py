@@ -67,18 +67,19 @@ EXPORT = [
     "export {bpe} {new}/out.gguf --types q4_k_m --checks structural",
     "export {bpe} {new}/out.gguf --passes prune-neurons{{keep=0.5}} --data {texts} --metric agreement --max-drop 1.0",
     "export {bpe} {new}/out --format compressed-tensors --passes quantize{{scheme=int8-weight}} --kv-cache fp8 --data {texts}",
-    "export {model} {new}/out.pt2 --format pt2",
     "export {model} {new}/out --format openvino --passes quantize{{scheme=int8-weight}}",
     "export {bpe} {new}/out --format genai --passes quantize{{scheme=int4-weight}}",
-    "export {model} {new}/out.json --format tp-plan --passes shard{{world_size=2}}",
 ]
 OPT = [
     "opt {program} --passes remove-no-ops,quantize --size batch=2 --size sequence=8 --checks structural --diff",
     "opt {program} --output {new}/program.txt",
 ]
-OTHERS = ["passes", "passes quantize", "machine", "doctor"]
+OTHERS = ["passes", "passes quantize", "doctor"]
 SLOW = [
     "demo --seconds 0.1",
+    "machine",
+    "export {model} {new}/out.pt2 --format pt2",
+    "export {model} {new}/out.json --format tp-plan --passes shard{{world_size=2}}",
     "machine --again",
     "machine --build-kernels",
     "bench {model} --engines eager,lissom --shapes 1x4,2xragged --seconds 0.1 --threads 1 --markdown {new}/t.md",

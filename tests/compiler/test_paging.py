@@ -156,9 +156,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "passes",
     [
         "quantize{scheme=int8-dynamic}",
-        "quantize{scheme=int4-weight},gptq",
         *all_but_slow(
-            ["quantize{scheme=int4-weight}", "quantize{scheme=int8-weight,lm_head=true}", "awq,quantize{scheme=int4-weight}"]
+            [
+                "quantize{scheme=int4-weight},gptq",
+                "quantize{scheme=int4-weight}",
+                "quantize{scheme=int8-weight,lm_head=true}",
+                "awq,quantize{scheme=int4-weight}",
+            ]
         ),
     ],
 )

@@ -96,6 +96,7 @@ class Nested(nn.Module):
         return {"a": total, "b": [total, 3], "c": pair[0]}
 
 
+@pytest.mark.slow
 def test_nested_arguments_are_flat(tmp_path: Path) -> None:
     pair = (torch.randn(2, 3), torch.randn(2, 3))
     written = lissom.optimize(Nested(), (pair,)).export_pt2(tmp_path / "nested.pt2")
@@ -107,7 +108,8 @@ def test_nested_arguments_are_flat(tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=0)  # twice a sum is exact
 
 
-@pytest.mark.parametrize("scheme", ["int8-dynamic", pytest.param("int8-static", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-static"])
 def test_int8_runs_elsewhere(bert, scheme: str, tmp_path: Path) -> None:
     """One process here and one without Lissom give the outputs of the backend that Lissom runs the same program on."""
     passes, path = f"quantize{{scheme={scheme}}}", tmp_path / "bert.pt2"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 
+import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +31,7 @@ def test_any_pipeline_keeps_the_numbers(case: Case) -> None:
     assert outcome.kind in ("equal", "refused"), f"{outcome.detail}\npython -m tools.fuzz --replay '{case.to_json()}'"
 
 
+@pytest.mark.slow
 @settings(max_examples=3)
 @given(case=cases())
 def test_a_program_prints_the_same_again(case: Case) -> None:

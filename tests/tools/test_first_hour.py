@@ -119,6 +119,7 @@ def first_hour(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tmp_path) -> None:
     begun = first_hour(tmp_path, "--only", "environment,predictions")
     kept = tmp_path / "results" / "environment--environment.json"

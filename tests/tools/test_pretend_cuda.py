@@ -20,6 +20,7 @@ from lissom.frontends.models.huggingface_inputs import make_inputs
 from lissom.ops.library import LIBRARY
 from tests.support.mixtures import mixture, samples
 from tests.support.models import Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.support.neighbours import all_but_slow, pairs_but_slow
 from tests.tuning.searches import tiny_vit
 from tools.pretend_cuda import PretendTensor, pretend_cuda
 
@@ -152,7 +153,7 @@ def test_example_inputs_are_on_the_models_device(cuda, tmp_path) -> None:
     assert tensors and all(value.device == cuda for value in tensors)
 
 
-@pytest.mark.parametrize("passes", ["exact", "balanced", "quantize-cache"])
+@pytest.mark.parametrize("passes", all_but_slow(["exact", "balanced", "quantize-cache"], "balanced"))
 def test_a_decoder_writes_the_tokens_of_the_cpu(passes: str) -> None:
     prompt = tokens(1, 7)
     wanted = lissom.compile_generation(decoder(), max_length=24, passes=passes).generate(prompt, max_new_tokens=6)
@@ -198,7 +199,16 @@ PIPELINES = {
 }
 
 
-@pytest.mark.parametrize(("passes", "name"), [(passes, name) for passes, names in PIPELINES.items() for name in names])
+PROGRAMS = [(passes, name) for passes, names in PIPELINES.items() for name in names]
+QUICK = [
+    ("exact", "bert"),
+    ("exact", "llama"),
+    ("cast{dtype=bf16}", "vit"),
+    ("prune-neurons{keep=0.5,criterion=wanda}", "gpt2"),
+]
+
+
+@pytest.mark.parametrize(("passes", "name"), pairs_but_slow(PROGRAMS, *QUICK))
 def test_a_program_on_the_device_is_the_one_on_the_cpu(passes: str, name: str) -> None:
     """The same steps change the same number of nodes, and the third call, which replays a graph, gives the same values."""
     case = MODELS[name]()

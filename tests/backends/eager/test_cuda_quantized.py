@@ -18,6 +18,7 @@ from lissom.passes.lowering.lower_quantized_products.stored_weights import tiles
 from tests.support.cuda_models import same_as
 from tests.support.harness import aten, calls
 from tests.support.models import Case, seeded, tokens
+from tests.support.neighbours import all_but_slow
 
 pytestmark = pytest.mark.gpu
 
@@ -33,6 +34,13 @@ PRODUCTS = {
     "cast{dtype=bf16},quantize{scheme=int4-weight,symmetric=true}": aten._weight_int4pack_mm.default,
     "cast{dtype=bf16},quantize{scheme=int4-weight,group=64,symmetric=false}": aten._weight_int4pack_mm.default,
 }
+
+
+_QUICK = (
+    "quantize{scheme=int8-static}",
+    "cast{dtype=bf16},quantize{scheme=fp8}",
+    "cast{dtype=bf16},quantize{scheme=int4-weight,group=64,symmetric=false}",
+)
 
 
 def bert() -> Case:
@@ -61,7 +69,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("passes", PRODUCTS)
+@pytest.mark.parametrize("passes", all_but_slow(PRODUCTS, *_QUICK))
 def test_a_quantized_encoder_is_what_its_simulation_is(passes: str, backend: str, kernels: str) -> None:
     device = torch.device("cuda")
     if "fp8" in passes and (capability(device) or (0, 0)) < (8, 9):

@@ -137,6 +137,7 @@ class Shared(Decoder):
         return logits, self.layers[0].keys * 2  # pyright: ignore
 
 
+@pytest.mark.slow
 def test_unknown_places_and_shared_caches_are_left_alone():
     assert fused(decoder(consecutive=False))[1] == 0
     assert fused(captured_decoder(seeded(Shared), 2))[1] == 1

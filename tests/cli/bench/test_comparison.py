@@ -136,6 +136,7 @@ def test_a_reason_is_the_first_line_that_says_something():
     assert len(reason_of(RuntimeError("x" * 1000))) == 300
 
 
+@pytest.mark.slow
 def test_peak_memory_is_of_this_process_and_never_falls():
     before = peak_bytes()
     assert before > 50 << 20

@@ -195,6 +195,7 @@ def test_reader_finds_the_integers_of_the_program(exported, name):
             assert kept.zero_point is not None and torch.equal(kept.zero_point[:rows, :groups], stored.zero_point), layer
 
 
+@pytest.mark.slow
 def test_what_is_written(tmp_path):
     """The configuration that servers read: several schemes by names, one by the class."""
     written = optimized(MLP_IN_INT4).save_compressed(tmp_path / "mixed")

@@ -19,6 +19,7 @@ from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.ops.pattern import UNBOUNDED, Condition, Pattern
 from tests.support.gguf_models import byte_level, decoder, optimized
 from tests.support.models import seeded
+from tests.support.neighbours import all_but_slow
 from tests.support.refusals import check, table
 from tests.support.written_decoders import INT4, INT8, PROMPT, PRUNED, VOCABULARY, Anchored, Backwards, small
 
@@ -216,6 +217,7 @@ def test_the_tokenizer_names_the_end_of_texts_where_the_model_does_not(tmp_path)
     assert "no id is known to end texts" in str(written) and "without a tokenizer" in str(written)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
     ["input_ids,attention_mask", *(pytest.param(name, marks=pytest.mark.slow) for name in ("input_ids", ",".join(INPUTS)))],
@@ -327,7 +329,7 @@ def test_refusals_leave_nothing(refusal, tmp_path, monkeypatch):
     assert (tmp_path / "full" / "file").read_text() == "kept"
 
 
-@pytest.mark.parametrize("damage", ["genai_config.json", "model.onnx", "model.onnx.data"])
+@pytest.mark.parametrize("damage", all_but_slow(["genai_config.json", "model.onnx", "model.onnx.data"], "model.onnx"))
 def test_a_damaged_folder_is_one_sentence(damage, tmp_path):
     needs_genai()
     optimized(decoder("llama", VOCABULARY, layers=1)).save_genai(tmp_path / "new")

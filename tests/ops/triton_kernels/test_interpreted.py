@@ -39,7 +39,8 @@ def test_kernel_equals_its_reference_in_many_calls(name: str) -> None:
     interpret(name, 500)
 
 
-@pytest.mark.parametrize("cases", [2, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [2, 6])
 def test_programs_equal_their_simulation(cases: int) -> None:
     interpret("programs", cases)
 

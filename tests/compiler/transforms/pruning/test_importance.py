@@ -55,6 +55,7 @@ def test_wanda_is_weights_times_norms() -> None:
     assert found.order.tolist() == sorted(range(12), key=wanted.__getitem__)
 
 
+@pytest.mark.slow
 def test_squared_gradient_of_gates_is_gauss_newton_diagonal() -> None:
     """For y = x + W·a a gate on a_j moves y by W[:, j]·a_j, so E g² = ‖W[:, j]‖² a_j² / mean y²."""
     program, data, sites = feed_forward()
