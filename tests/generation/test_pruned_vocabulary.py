@@ -25,6 +25,7 @@ from lissom.generation.prompted import Request, compile_prompted
 from tests.support.decoders import DECODERS, VOCABULARY
 from tests.support.encoder_decoders import model as encoder_decoder
 from tests.support.models import seeded
+from tests.support.neighbours import all_but_slow
 from tests.support.tokenizers import CORPUS, tokenizer
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -99,7 +100,7 @@ def test_a_saved_decoder_keeps_its_vocabulary(tmp_path: Path) -> None:
     assert torch.equal(loaded.step(prompt), decoder.step(prompt))
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", all_but_slow(["t5", "bart"], "bart"))
 def test_encoder_decoders(name: str) -> None:
     model = encoder_decoder(f"encoder-decoder/{name}")
     size = int(model.config.vocab_size)

@@ -14,6 +14,7 @@ from torch import nn
 import lissom
 from lissom.runtime.tracers import has_memory, tracer
 from tests.support.models import normal
+from tests.support.neighbours import all_but_slow
 
 # In a process of its own: a kernel that reads a tensor without memory ends it.
 CALLS = """
@@ -137,7 +138,7 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["eager", "onnxruntime", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", all_but_slow(["eager", "onnxruntime", "inductor"], "eager"))
 def test_calls_under_other_tools(backend: str) -> None:
     done = subprocess.run([sys.executable, "-c", CALLS, backend], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]

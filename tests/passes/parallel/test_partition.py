@@ -86,7 +86,7 @@ def test_numbers(name: str, world_size: int) -> None:
         ("neox", 3),
         pytest.param("cohere", 3, marks=pytest.mark.slow),
         pytest.param("falcon", 3, marks=pytest.mark.slow),
-        ("t5", 11),
+        pytest.param("t5", 11, marks=pytest.mark.slow),
         ("vit", 4),
     ],
 )

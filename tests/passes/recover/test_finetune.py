@@ -12,6 +12,7 @@ from lissom.passes.recover.finetune import Finetune
 from tests.support import captures
 from tests.support.harness import check_golden
 from tests.support.models import VOCABULARY, normal, seeded, tokens
+from tests.support.neighbours import all_but_slow
 
 
 class Classifier(nn.Module):
@@ -74,7 +75,7 @@ def _language_model(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return seeded(lambda: transformers.GPT2LMHeadModel(config)), {"input_ids": labels, "labels": known}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "mamba"])
+@pytest.mark.parametrize("name", all_but_slow(["gpt2", "t5", "mamba"], "gpt2", "mamba"))
 def test_labels_are_those_of_transformers(name) -> None:
     """A decoder's are the tokens it reads; an encoder-decoder reads them one place later."""
     model, batch = _language_model(name)
