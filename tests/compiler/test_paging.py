@@ -154,17 +154,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("everything")
 @pytest.mark.parametrize(
     "passes",
-    [
+    all_but_slow(
+        [
+            "quantize{scheme=int8-dynamic}",
+            "quantize{scheme=int4-weight},gptq",
+            "quantize{scheme=int4-weight}",
+            "quantize{scheme=int8-weight,lm_head=true}",
+            "awq,quantize{scheme=int4-weight}",
+        ],
         "quantize{scheme=int8-dynamic}",
-        *all_but_slow(
-            [
-                "quantize{scheme=int4-weight},gptq",
-                "quantize{scheme=int4-weight}",
-                "quantize{scheme=int8-weight,lm_head=true}",
-                "awq,quantize{scheme=int4-weight}",
-            ]
-        ),
-    ],
+    ),
 )
 def test_decoder_from_the_disk_is_the_one_from_memory(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: str

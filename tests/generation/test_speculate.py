@@ -13,7 +13,7 @@ from lissom.generation.choice import Choice
 from lissom.generation.pace import FIRST, LONGEST_PAUSE, SHORTEST_PAUSE, Pace
 from lissom.generation.proposers import PromptLookup
 from lissom.generation.speculate import Drafts
-from tests.support.neighbours import pairs_but_slow
+from tests.support.neighbours import all_but_slow
 
 DRAWS = 100_000
 LOGITS = torch.tensor([[1.0, 0.2, -0.5, 0.9, -2.0, 0.4]])
@@ -41,7 +41,7 @@ QUICK = [("plain", "sampled"), ("top-k", "sampled"), ("top-p", "given")]
 SETTINGS = [(name, drafted) for name in WARPERS for drafted in ("sampled", "given")]
 
 
-@pytest.mark.parametrize(("name", "drafted"), pairs_but_slow(SETTINGS, *QUICK))
+@pytest.mark.parametrize(("name", "drafted"), all_but_slow(SETTINGS, *QUICK))
 def test_verified_samples_have_the_distribution_of_the_scores(name: str, drafted: str) -> None:
     warpers = LogitsProcessorList(WARPERS[name])
     warp = partial(warpers, TEXT)

@@ -9,10 +9,8 @@ import pytest
 
 
 def all_but_slow(values: Iterable[Any], *quick: Any) -> list[Any]:
-    """The values as parameters of a test; those that are not quick are marked slow."""
-    return [pytest.param(value, marks=[] if value in quick else pytest.mark.slow) for value in values]
-
-
-def pairs_but_slow(values: Iterable[tuple[Any, ...]], *quick: tuple[Any, ...]) -> list[Any]:
-    """The same for tests of several parameters, whose values are tuples."""
-    return [pytest.param(*value, marks=[] if value in quick else pytest.mark.slow) for value in values]
+    """The values as parameters of a test; those that are not quick are marked slow. Tuples are of several parameters."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=[] if value in quick else pytest.mark.slow)
+        for value in values
+    ]

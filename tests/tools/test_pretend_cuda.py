@@ -20,7 +20,7 @@ from lissom.frontends.models.huggingface_inputs import make_inputs
 from lissom.ops.library import LIBRARY
 from tests.support.mixtures import mixture, samples
 from tests.support.models import Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
-from tests.support.neighbours import all_but_slow, pairs_but_slow
+from tests.support.neighbours import all_but_slow
 from tests.tuning.searches import tiny_vit
 from tools.pretend_cuda import PretendTensor, pretend_cuda
 
@@ -208,7 +208,7 @@ QUICK = [
 ]
 
 
-@pytest.mark.parametrize(("passes", "name"), pairs_but_slow(PROGRAMS, *QUICK))
+@pytest.mark.parametrize(("passes", "name"), all_but_slow(PROGRAMS, *QUICK))
 def test_a_program_on_the_device_is_the_one_on_the_cpu(passes: str, name: str) -> None:
     """The same steps change the same number of nodes, and the third call, which replays a graph, gives the same values."""
     case = MODELS[name]()

@@ -11,6 +11,7 @@ from torch import nn
 
 import lissom
 from tests.support.models import FeedForward, normal, seeded
+from tests.support.neighbours import all_but_slow
 from tests.torch_compile.test_torch_compile import TOLERANCE, compiled, error, fresh, lowered
 
 __all__ = ["fresh"]
@@ -49,11 +50,7 @@ QUICK = {("eager", name) for name in MODELS} | {
     ("onnxruntime", "named"),
     ("reduce-overhead", "block"),
 }
-CASES = [
-    pytest.param(how, name, marks=[] if (how, name) in QUICK else pytest.mark.slow, id=f"{how}-{name}")
-    for how in HOW
-    for name in MODELS
-]
+CASES = all_but_slow([(how, name) for how in HOW for name in MODELS], *QUICK)
 
 
 @pytest.mark.parametrize(("how", "name"), CASES)

@@ -34,9 +34,7 @@ PRODUCTS = {
     "cast{dtype=bf16},quantize{scheme=int4-weight,symmetric=true}": aten._weight_int4pack_mm.default,
     "cast{dtype=bf16},quantize{scheme=int4-weight,group=64,symmetric=false}": aten._weight_int4pack_mm.default,
 }
-
-
-_QUICK = (
+QUICK = (
     "quantize{scheme=int8-static}",
     "cast{dtype=bf16},quantize{scheme=fp8}",
     "cast{dtype=bf16},quantize{scheme=int4-weight,group=64,symmetric=false}",
@@ -69,7 +67,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("passes", all_but_slow(PRODUCTS, *_QUICK))
+@pytest.mark.parametrize("passes", all_but_slow(PRODUCTS, *QUICK))
 def test_a_quantized_encoder_is_what_its_simulation_is(passes: str, backend: str, kernels: str) -> None:
     device = torch.device("cuda")
     if "fp8" in passes and (capability(device) or (0, 0)) < (8, 9):

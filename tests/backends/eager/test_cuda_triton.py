@@ -18,7 +18,7 @@ from lissom.ops import int4_product, int8_product, quantize_rows, triton_kernels
 from lissom.ops.quantization import dequantize, fake_quantize_dynamic
 from tests.support.cuda_models import BF16, LAYERS, LINEAR, MODELS, bert, on_cuda, same_as
 from tests.support.harness import aten, calls
-from tests.support.neighbours import pairs_but_slow
+from tests.support.neighbours import all_but_slow
 
 pytestmark = [pytest.mark.gpu]
 
@@ -47,7 +47,7 @@ QUICK = [("llama", "quantize"), *(("bert", passes) for passes in FEW)]
 PROGRAMS = [*(("llama", passes) for passes in SCHEMES), *(("bert", passes) for passes in FEW)]
 
 
-@pytest.mark.parametrize(("name", "passes"), pairs_but_slow(PROGRAMS, *QUICK))
+@pytest.mark.parametrize(("name", "passes"), all_but_slow(PROGRAMS, *QUICK))
 def test_a_model_on_the_device_is_its_simulation_on_the_cpu(name: str, passes: str, tmp_path: Path) -> None:
     case = MODELS[name]()
     on_device = on_cuda(case)

@@ -36,6 +36,7 @@ from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 from tests.support.compressed_checkpoints import IDS, optimized
 from tests.support.gguf_models import save_checkpoint
 from tests.support.models import normal
+from tests.support.neighbours import all_but_slow
 from tests.support.quantized_checkpoints import change_tensors, small_config, small_model
 
 pytest.importorskip("compressed_tensors", reason="the package that writes these checkpoints")
@@ -97,8 +98,7 @@ CASES = {
         {"kind": "qwen3"},
     ),
 }
-FAST = {"int4", "mixed, W8A8"}
-NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+NAMES = all_but_slow(CASES, "int4", "mixed, W8A8")
 Exported = tuple[Optimized, CompressedCheckpoint, Path]
 ELSEWHERE = """
 import sys, torch, transformers

@@ -15,7 +15,6 @@ from lissom.export.compressed_tensors.schemes import Inputs, LayerScheme, check_
 from lissom.frontends.checkpoints.compressed_tensors_config import Scheme
 from lissom.frontends.models.huggingface import load
 from tests.support.compressed_checkpoints import optimized
-from tests.support.neighbours import all_but_slow
 from tests.support.quantized_checkpoints import small_config, small_model, write
 from tests.support.refusals import check
 
@@ -113,7 +112,7 @@ REFUSED: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", all_but_slow(REFUSED, *(name for name in REFUSED if name != "factors")))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name == "factors" else ()) for name in REFUSED])
 def test_what_the_format_cannot_say_is_refused(tmp_path, name):
     sentence, call = REFUSED[name]
     check((UnsupportedError, sentence, lambda: call(tmp_path)))

@@ -1,6 +1,5 @@
 """The axes of whole programs, and the removal of their indices."""
 
-import functools
 import random
 from functools import cache
 
@@ -58,7 +57,6 @@ MODELS = {
 
 
 @cache
-@functools.cache
 def canonical(name: str) -> tuple[Program, list[Sample]]:
     case = MODELS[name]()
     captured = capture(case.model, case.args, case.kwargs)

@@ -24,7 +24,6 @@ from lissom.passes.prune.prune_vocabulary.prune_vocabulary import PruneVocabular
 from tests.support import captures
 from tests.support.harness import check_golden, every_backend_but_eager_slow, rewrite
 from tests.support.models import VOCABULARY, Case, Tied, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
-from tests.support.neighbours import all_but_slow
 
 _SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 _TEXT = {**_SIZES, "intermediate_size": 24, "max_position_embeddings": 64}
@@ -114,7 +113,7 @@ def test_rewrites() -> None:
     check_golden("prune_vocabulary", "\n".join(map(history.diff, range(2), range(1, 3))) + f"\n{steps[1].summary}\n")
 
 
-@pytest.mark.parametrize("name", all_but_slow(MODELS, *(name for name in MODELS if name != "t5")))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name == "t5" else ()) for name in MODELS])
 def test_outputs_for_kept_ids_are_the_same_bits(name: str) -> None:
     case = MODELS[name]()
     whole, small = captures.optimize(case.model, case.inputs), pruned(case, "keep=20")
