@@ -31,6 +31,8 @@ SPILLED = 1 << 20
 """The bytes from which a weight moves to a file."""
 _LEAST_HELD, _PART_HELD = 1 << 27, 32
 """The bytes of mapped weights that stay in memory: this part of the model's, and at least so many."""
+_PART = 1 << 24
+"""The bytes of a weight that are moved at once."""
 _SECONDS = 0.01
 _GONE = 4
 """Linux's advice that pages may go."""
@@ -66,7 +68,8 @@ class _Pager(threading.Thread):
         whole = tensor.nbytes == tensor.untyped_storage().nbytes()
         if tensor.nbytes < SPILLED or not whole or not is_plain(tensor) or not tensor.untyped_storage().resizable():
             return
-        self._move(tensor, empty_on_disk(tensor.nbytes))
+        place = empty_on_disk(tensor.nbytes)
+        self._move(tensor, place, place)
         self._spilled[tensor.data_ptr()] = weakref.ref(tensor)
 
     def take_home(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -75,11 +78,16 @@ class _Pager(threading.Thread):
         for tensor in tensors:
             known = self._spilled.pop(tensor.data_ptr(), None)
             if known is not None and known() is tensor:
-                self._move(tensor, unwritten_zeros([tensor.nbytes])[0])
+                held = _bytes_in(tensor)
+                self._move(tensor, unwritten_zeros([tensor.nbytes])[0], held)
 
-    def _move(self, tensor: torch.Tensor, place: torch.Tensor) -> None:
+    def _move(self, tensor: torch.Tensor, place: torch.Tensor, on_disk: torch.Tensor) -> None:
+        """Move a tensor to the place, of which or of whose old place no more than a part is in memory, that on the disk."""
+        parts = (each.split(_PART) for each in (_bytes_in(tensor), place, on_disk))
+        for old, new, mapped in zip(*parts, strict=True):
+            new.copy_(old)
+            let_go(mapped.data_ptr(), mapped.nbytes)
         moved = place.view(tensor.dtype).as_strided(tensor.size(), tensor.stride())
-        moved.copy_(tensor.detach())
         with self._lock, torch.inference_mode(tensor.is_inference()):
             tensor.data = moved.view_as(moved)
 
@@ -123,6 +131,11 @@ def paged(weights: Iterable[torch.Tensor]) -> Generator[None]:
 def is_large(weights: Iterable[torch.Tensor]) -> bool:
     """True if a model with these weights is compiled from the disk, on this system."""
     return sys.platform == "linux" and _bytes_of(weights) >= LARGE
+
+
+def _bytes_in(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a tensor, uint8."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
 def _bytes_of(weights: Iterable[torch.Tensor]) -> int:

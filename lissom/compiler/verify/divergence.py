@@ -44,6 +44,8 @@ _NOISE = 1e-6
 """The least size in comparisons, so that noise is not divided by noise."""
 _SAMPLED = 1 << 16
 """The size of a larger tensor is estimated from that many of its values."""
+_AT_ONCE = 1 << 20
+"""The values that are taken to float64 at once."""
 _EXACT = {torch.bool, torch.int64}
 """Masks and indices: they are equal in two correct programs, whatever floating type they are computed from."""
 
@@ -296,9 +298,7 @@ def _is_finite(values: torch.Tensor) -> bool:
 
 def _size(values: torch.Tensor) -> tuple[float, float]:
     """The size of a tensor of finite values, and the largest magnitude that is no mask value."""
-    magnitudes = values.abs().flatten()
-    if magnitudes.numel() > _SAMPLED:
-        magnitudes = magnitudes[_sampled_places(magnitudes.numel()).to(magnitudes.device)]
+    magnitudes = _sampled(values).abs()
     magnitudes = magnitudes[magnitudes > 0]
     if magnitudes.numel() == 0:
         return _NOISE, math.inf
@@ -314,6 +314,12 @@ def _size(values: torch.Tensor) -> tuple[float, float]:
     return max(size, _NOISE), max(float(magnitudes[-1]) * _GAP, _EXTREME)
 
 
+def _sampled(values: torch.Tensor) -> torch.Tensor:
+    """The values in one dimension, or `_SAMPLED` of them where there are more."""
+    values, count = values.flatten(), values.numel()
+    return values[_sampled_places(count).to(values.device)] if count > _SAMPLED else values
+
+
 @lru_cache(maxsize=32)
 def _sampled_places(count: int) -> torch.Tensor:
     return torch.randint(count, (_SAMPLED,), generator=torch.Generator().manual_seed(0))
@@ -322,14 +328,19 @@ def _sampled_places(count: int) -> torch.Tensor:
 def _cosine(wanted: torch.Tensor, actual: torch.Tensor) -> float:
     if wanted.dtype == actual.dtype and torch.equal(wanted, actual):
         return 1.0
-    a, b = wanted.detach().double().flatten(), actual.detach().double().flatten()
+    a, b = wanted.detach().flatten(), actual.detach().flatten()
     if a.numel() != b.numel():
         return -1.0
-    counted = a.isfinite() & b.isfinite()
-    counted &= a.abs() <= _size(a.where(counted, 0.0))[1]
-    a, b = a[counted], b[counted]
-    norm = float(a.norm() * b.norm())
-    return float(a @ b) / norm if norm > 0 else 1.0
+    left, right = _sampled(a).double(), _sampled(b).double()
+    largest = _size(left.where(left.isfinite() & right.isfinite(), 0.0))[1]
+    products = torch.zeros(3, dtype=torch.float64, device=a.device)
+    for part, other in zip(a.split(_AT_ONCE), b.split(_AT_ONCE), strict=True):
+        left, right = part.double(), other.double()
+        counted = left.isfinite() & right.isfinite() & (left.abs() <= largest)
+        left, right = left.where(counted, 0.0), right.where(counted, 0.0)
+        products += torch.stack([left @ left, right @ right, left @ right])
+    one, two, both = products.tolist()
+    return both / math.sqrt(one * two) if one > 0 and two > 0 else 1.0
 
 
 def first_difference(

@@ -62,5 +62,8 @@ def representatives(before: Program, after: Program) -> Representatives | None:
 
 
 def _layer(node: fx.Node) -> Layer:
+    """The layer of a call, or for a write to the state that no module makes, of the call whose value it writes."""
     found = _LAYER.match(nodes.origin(node).module_path)
+    if found is None and nodes.is_state_write(node):
+        return _layer(node.all_input_nodes[-1])
     return found[0] if found else None

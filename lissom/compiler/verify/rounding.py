@@ -97,13 +97,12 @@ def differs_locally(before: Program, after: Program, samples: Sequence[Sample], 
 
     Nodes correspond by name, or by the name a pass recorded when it replaced one by the other; other nodes keep the values of
     `after`. A sum in which large terms cancel rounds by more than its tolerance, also in `before`; then its value in float64
-    decides, unless the comparison is strict.
+    decides: if the comparison is strict, `after` must be as near to that as the tolerance.
     """
     allowed = before.fact(local_tolerances)
 
     def differs(chosen: Representatives | None) -> bool:
-        given = groups(before, samples)
-        errors = (local_errors(before, after, group, None if strict else allowed, chosen).items() for group in given)
+        errors = (local_errors(before, after, group, allowed, chosen, strict).items() for group in groups(before, samples))
         return any(error > allowed[name] for of_group in errors for name, error in of_group)
 
     chosen = representatives(before, after)
@@ -228,6 +227,7 @@ def local_errors(
     samples: Sequence[Sample],
     allowed: Mapping[str, float] | None = None,
     chosen: Representatives | None = None,
+    strict: bool = False,
 ) -> dict[str, float]:
     """By the names of nodes of `before`, the relative error of the corresponding nodes of `after`, given the values of
     `before`: the largest on all samples. Includes the errors of the outputs.
@@ -235,6 +235,7 @@ def local_errors(
     Args:
         allowed: by name; a larger error counts as this one if the value of `after` is as near to that in float64.
         chosen: the nodes that are compared; all by default.
+        strict: as near as this error, and not as the value of `before`.
     """
     known: list[dict[str, object]] = [{} for _ in samples]
     # Others, such as quantized weights that are packed, have no counterpart.
@@ -266,7 +267,8 @@ def local_errors(
             return own[name]
         error, limit = worst_error(own[name], value), (allowed or {}).get(name, math.inf)
         corresponding = found.keys() | given_too[index]
-        if error > limit and _is_as_exact(before, by_name[name], value, own, corresponding, given[index]):
+        near = limit if strict else None
+        if error > limit and _is_as_exact(before, by_name[name], value, own, corresponding, given[index], near):
             error = limit
         found[name] = max(found.get(name, 0.0), error)
         return own[name]
@@ -303,8 +305,10 @@ def _is_as_exact(
     known: Mapping[str, object],
     corresponding: Collection[str],
     given: Mapping[fx.Node, torch.Tensor],
+    near: float | None,
 ) -> bool:
-    """True when a value of 32 or 16 bits is at most `_LOCALLY_AS_FAR` times as far from that in float64 as that of `before`.
+    """True when a value of 32 or 16 bits is as near to that in float64 as `near`, by default as that of `before` times
+    `_LOCALLY_AS_FAR`.
 
     In bfloat16 the simulation rounds quantized activations and weights once more before they are multiplied, and a kernel does
     not.
@@ -313,6 +317,7 @@ def _is_as_exact(
         known: the values of `before`.
         corresponding: the nodes that have these values in `after` too; those between them and the node are computed in float64.
         given: the inputs.
+        near: a relative error.
     """
 
     def exact(used: fx.Node) -> object:
@@ -334,8 +339,8 @@ def _is_as_exact(
         wanted = exact(node)
     except REFUSALS:  # an operator without float64
         return False
-    errors = [relative_error(wanted, value.double()) for value in (actual, own)]
-    return errors[0] <= _LOCALLY_AS_FAR * errors[1]
+    near = _LOCALLY_AS_FAR * relative_error(wanted, own.double()) if near is None else near
+    return relative_error(wanted, actual.double()) <= near
 
 
 def _alike(wanted: object, actual: object) -> bool:

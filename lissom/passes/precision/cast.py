@@ -354,7 +354,9 @@ def _lowest(dtype: torch.dtype) -> float:
 
 
 def _fitted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor with float32's lowest numbers, which hide positions, raised to that dtype's `_lowest`."""
+    """The tensor with float32's lowest numbers, which hide positions, raised to that dtype's `_lowest`, or itself."""
+    if tensor.numel() == 0 or bool(tensor.amin() >= torch.finfo(torch.bfloat16).min):
+        return tensor
     return torch.where((tensor < torch.finfo(torch.bfloat16).min) & tensor.isfinite(), _lowest(dtype), tensor)
 
 

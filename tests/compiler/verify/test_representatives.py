@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
@@ -12,9 +12,12 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.representatives import representatives
 from lissom.compiler.verify.rounding import differs_locally
+from lissom.frontends.generation.decoder import capture_decoder
 from tests.support import captures
 from tests.support.harness import apply
 from tests.support.models import seeded
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 
 
 def stack(layers: int) -> tuple[Program, Program, Sample]:
@@ -53,6 +56,16 @@ def test_a_layer_of_another_form_is_compared_too() -> None:
     with edit.before(output.next, like=[output]):
         edit.call(torch.ops.aten.neg.default, output)
     assert compared_layers(before, after) == {"0", "2", "4", "5", "6"}
+
+
+def test_a_write_to_the_state_belongs_to_the_layer_of_its_value() -> None:
+    model = seeded(lambda: LlamaForCausalLM(LlamaConfig(**dict.fromkeys(SIZES, 32), num_hidden_layers=6)))
+    before = capture_decoder(model.eval(), max_length=16).program
+    chosen = representatives(before, before.copy())
+    assert chosen is not None
+    writes = [node.name for node in before.nodes() if nodes.is_state_write(node)]
+    assert len(writes) == 2 * 6
+    assert [name for name in writes if name in chosen.compared] == [*writes[:2], *writes[6:8], *writes[10:]]
 
 
 @pytest.mark.parametrize("layer", [0, 2, 4, 5])
