@@ -107,18 +107,20 @@ _pagers: list[_Pager] = []
 
 
 @contextmanager
-def paged(weights: Iterable[torch.Tensor]) -> Generator[None]:
+def paged(weights: Iterable[torch.Tensor], stored: Iterable[torch.Tensor] = ()) -> Generator[None]:
     """Compile a model from the disk, if it is large.
 
     Args:
         weights: of a model that nobody else reads or writes.
+        stored: what else is mapped of its files.
     """
     weights = [*weights]
     if not is_large(weights) or _pagers:
         yield
         return
-    pager = _Pager(weights, _bytes_of(weights))
-    del weights
+    give_back_memory()  # of the loader
+    pager = _Pager([*weights, *stored], _bytes_of(weights))
+    del weights, stored
     _pagers.append(pager)
     pager.start()
     try:
@@ -191,8 +193,8 @@ def empty_values(shape: Sequence[int]) -> torch.Tensor:
 
 
 def release(values: torch.Tensor) -> None:
-    """Let the memory of a tensor of `empty_values` go, if it is on the disk; it is read again when it is needed."""
-    if values.nbytes >= SPILLED:
+    """Let the memory of a tensor of `empty_values`, or of a part, go if it is on the disk; it is read again when needed."""
+    if values.untyped_storage().nbytes() >= SPILLED:
         let_go(values.data_ptr(), values.nbytes)
 
 

@@ -19,7 +19,7 @@ from lissom.compiler.paging import folder_of_files, is_large, paged
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.driver.options import BuildSettings, resolve_passes
 from lissom.errors import UnsupportedError
-from lissom.frontends.checkpoints.stored_weights import PackedWeight, describe_stored, stored_form
+from lissom.frontends.checkpoints.stored_weights import PackedWeight, StoredWeight, describe_stored, stored_form
 from lissom.ops.block_formats import BLOCK_FORMATS
 from lissom.ops.formats import FORMATS
 from lissom.ops.native import missing_weight_quantized_kernel
@@ -61,7 +61,8 @@ def from_disk(model: nn.Module, passes: str | Pass | Sequence[Pass] | None) -> G
     weights = [*model.parameters(), *model.buffers()]
     if is_large(weights):
         _check_room(model, resolve_passes(passes))
-    with paged(weights):
+    forms = (stored_form(weight) for weight in weights)
+    with paged(weights, [form.blocks for form in forms if isinstance(form, StoredWeight)]):
         yield
 
 

@@ -93,10 +93,16 @@ def unpack_blocks(stored: torch.Tensor, kind: BlockType, rows: int, columns: int
     if columns % kind.size or stored.numel() != rows * columns // kind.size * kind.bytes:
         raise ValueError(f"{stored.numel()} bytes are no {rows} rows of {columns} weights in {kind.name}")
     blocks, each = stored.view(-1, kind.bytes), max(1, chunk // kind.size)
-    parts: list[Parts] = [kind.unpack(blocks[start : start + each]) for start in range(0, len(blocks), each)]
-    q, scale, minimum = zip(*parts, strict=True)
-    zero_point = None if minimum[0] is None else torch.cat(minimum).view(rows, -1)
-    return StoredBlocks(torch.cat(q).view(rows, columns), torch.cat(scale).view(rows, -1), zero_point, kind.format)
+    wholes: list[torch.Tensor | None] = []
+    for start in range(0, len(blocks), each):
+        parts = kind.unpack(blocks[start : start + each])
+        wholes = wholes or [None if part is None else part.new_empty(len(blocks), *part.shape[1:]) for part in parts]
+        for whole, part in zip(wholes, parts, strict=True):
+            if whole is not None and part is not None:
+                whole[start : start + each] = part
+    q, scale, minimum = (None if whole is None else whole.view(rows, -1) for whole in wholes)
+    assert q is not None and scale is not None
+    return StoredBlocks(q, scale, minimum, kind.format)
 
 
 def _half(blocks: torch.Tensor, at: int) -> torch.Tensor:

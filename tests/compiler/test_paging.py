@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import platform
+import re
 import resource
 import threading
 from collections.abc import Generator
@@ -47,13 +48,18 @@ def largest_file(size: int) -> Generator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def mapping_of(tensor: torch.Tensor) -> str:
+    """What Linux says of the mapping in which a tensor lies: its file, then sizes."""
+    for mapping in re.split(r"^(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        low, high = (int(part, 16) for part in mapping.split()[0].split("-"))
+        if low <= tensor.data_ptr() < high:
+            return mapping
+    raise AssertionError("the tensor lies in no mapping")
+
+
 def is_on_disk(tensor: torch.Tensor) -> bool:
     """True if a tensor lies in a file that has no name any more."""
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
-        low, high = (int(part, 16) for part in line.split()[0].split("-"))
-        if low <= tensor.data_ptr() < high:
-            return line.endswith("(deleted)")
-    raise AssertionError("the tensor lies in no mapping")
+    return mapping_of(tensor).splitlines()[0].endswith("(deleted)")
 
 
 @pytest.mark.usefixtures("everything")
@@ -98,6 +104,17 @@ def test_pages_that_were_let_go_are_read_again(tmp_path: Path) -> None:
             paging._pagers[0]._let_go()
             assert torch.equal(mapped, weight)
             assert torch.equal(made, values)
+
+
+@pytest.mark.usefixtures("everything")
+def test_blocks_of_a_file_are_let_go_of_with_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "blocks").write_bytes(bytes(1 << 20))
+    blocks = torch.from_file(str(tmp_path / "blocks"), shared=False, size=1 << 20, dtype=torch.uint8)
+    assert blocks.sum() == 0  # reads every page
+    with paging.paged([normal(4)], [blocks]):
+        paging._pagers[0]._let_go()
+        assert re.search(r"^Rss: +0 kB", mapping_of(blocks), flags=re.MULTILINE)
+        assert blocks.sum() == 0
 
 
 @pytest.mark.usefixtures("everything")

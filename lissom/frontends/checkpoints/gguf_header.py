@@ -61,8 +61,9 @@ def dequantize(blocks: Any, kind: GGMLQuantizationType) -> Any:
     for start in range(0, len(rows), step):
         stored = torch.from_numpy(np.array(rows[start : start + step], dtype=np.uint8))
         unpacked = unpack_blocks(stored.flatten(), known, len(stored), columns)
-        values[start : start + step] = unpacked.dequantize(slice(None)).view(len(stored), columns)
-    release(values)
+        part = values[start : start + step]
+        part.copy_(unpacked.dequantize(slice(None)).view(len(stored), columns))
+        release(part)
     return values.numpy().reshape(*blocks.shape[:-1], columns)
 
 

@@ -97,8 +97,9 @@ def values_of(stored: StoredBlocks, order: torch.Tensor | None) -> torch.Tensor:
     back = None if order is None else torch.argsort(order)
     for start in range(0, len(values), step):
         rows = stored.dequantize(slice(start, start + step))
-        values[start : start + step] = rows if back is None else rows[:, back]
-    release(values)
+        part = values[start : start + step]
+        part.copy_(rows if back is None else rows[:, back])
+        release(part)
     return values
 
 
@@ -107,6 +108,7 @@ def in_float32(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_floating_point() or tensor.dtype == torch.float32:
         return tensor
     values = empty_values(tensor.shape)
-    values.copy_(tensor)
-    release(values)
+    for part, stored in zip(values.view(-1).split(_AT_ONCE), tensor.reshape(-1).split(_AT_ONCE), strict=True):
+        part.copy_(stored)
+        release(part)
     return values
