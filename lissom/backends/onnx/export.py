@@ -29,7 +29,7 @@ from lissom.compiler.ir.fake import recurrent_layers_whole
 from lissom.compiler.ir.operators import PLAIN_RNNS, RECURRENT_LAYERS, packet_of
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.frontends.capture.isolation import only_errors
+from lissom.frontends.capture.isolation import only_errors, translations_kept
 
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 """The files of a saved model; weights are external, so that they can be memory-mapped and exceed 2 GB."""
@@ -68,7 +68,13 @@ def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir
     past, present = state_names(program)
     inputs, outputs = input_names(program) + past, output_names(program) + present
     # Warnings about the exporter's internals, and messages about our untyped translations; failures raise.
-    with warnings.catch_warnings(), only_errors("torch.onnx"), torch.no_grad(), recurrent_layers_whole(_WHOLE):
+    with (
+        warnings.catch_warnings(),
+        only_errors("torch.onnx"),
+        torch.no_grad(),
+        recurrent_layers_whole(_WHOLE),
+        translations_kept(),
+    ):
         warnings.simplefilter("ignore")
         result = torch.onnx.export(
             exported,

@@ -13,7 +13,7 @@ import random
 import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
@@ -111,6 +111,23 @@ def exchanged(owner: object, name: str, value: object) -> Generator[None]:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
+
+
+@contextmanager
+def translations_kept() -> Generator[None]:
+    """Let torch's ONNX exporter read its translations once: it parses the sources of 500 functions for every model."""
+    known = _translations()
+    with exchanged(_exporter(), "get_torchlib_ops", lambda: known):
+        yield
+
+
+def _exporter() -> Any:
+    return importlib.import_module("torch.onnx._internal._lazy_import").onnxscript_apis
+
+
+@cache
+def _translations() -> Any:
+    return _exporter().get_torchlib_ops()
 
 
 @contextmanager
