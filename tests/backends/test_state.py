@@ -52,9 +52,11 @@ def errors(wanted, found, calls) -> float:
     return worst
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("consecutive", [True, False])
-def test_prompt_and_tokens_behind_it_are_as_on_eager(batch, consecutive):
+OTHERS = [(True, 2), (False, 1), (False, 2)]
+
+
+@pytest.mark.parametrize(("consecutive", "batch"), all_but_slow([(True, 1), *OTHERS], *OTHERS))
+def test_prompt_and_tokens_behind_it_are_as_on_eager(consecutive, batch):
     found, fast = decoder(batch, consecutive=consecutive), decoder_session(batch, consecutive)
     with restored_state(fast):
         eager = BACKENDS["eager"].build(found.program, found.example)

@@ -19,6 +19,7 @@ import lissom
 from lissom.cli.main import app
 from lissom.errors import ArtifactError, InputError, UnsupportedError
 from tests.support.gguf_models import byte_level, decoder, optimized, save_checkpoint
+from tests.support.neighbours import all_but_slow
 from tests.support.refusals import check, table
 from tests.support.written_decoders import INT4, INT8, PROMPT, PRUNED, VOCABULARY, Anchored, Backwards, small
 
@@ -72,9 +73,7 @@ def read(folder: Path) -> Any:
     return openvino.Core().read_model(folder / "openvino_model.xml")
 
 
-@pytest.mark.parametrize(
-    "family", ["gemma3_text", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen3"))]
-)
+@pytest.mark.parametrize("family", all_but_slow(["gemma3_text", "llama", "qwen3"], "gemma3_text"))
 def test_openvino_genai_generates_as_transformers_does(family, tmp_path):
     needs_genai()
     model = varied(family)

@@ -14,6 +14,7 @@ from lissom.ops.blocked_attention import block_sparse_attention_reference, block
 from lissom.ops.native import kernel_dtypes, load_kernels
 from lissom.ops.pattern import LAYOUT, Condition, Pattern
 from tests.ops.patterns import MASKS, PATTERNS, layout_of, mask_of, numbers, projected
+from tests.support.neighbours import all_but_slow
 
 MISSING = load_kernels()
 # float32: sums in another order and an exponential good to 2e-7.  bfloat16: weights and result rounded once each.
@@ -207,7 +208,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(bool(MISSING) or sys.platform != "linux", reason=MISSING or "the peak is read as Linux counts it")
-@pytest.mark.parametrize("kind", ["layout", "window"])
+@pytest.mark.parametrize("kind", all_but_slow(["layout", "window"], "window"))
 def test_memory_grows_with_tokens_and_not_with_their_pairs(kind):
     """16,384 tokens: one byte a pair would be 268 MB. Held are the result, and of each of two threads one head's keys and
     values packed; twice their 25 MB leaves room for what the allocator keeps."""

@@ -53,12 +53,20 @@ def nemotron() -> NemotronForCausalLM:
     return NemotronForCausalLM(NemotronConfig(**sizes, **tokens, num_key_value_heads=2, hidden_act="relu2")).eval()
 
 
-@pytest.mark.parametrize(
-    ("passes", "allowed"),
-    # Sums in another order; eight bits a weight and an activation; what 32 of 128 random neurons add.
-    [("exact", 1e-5), ("exact,quantize", 0.05), ("exact,prune-neurons{keep=0.75}", 0.5)],
-)
-@every_backend
+# Sums in another order; eight bits a weight and an activation; what 32 of 128 random neurons add.
+ALLOWED = {"exact": 1e-5, "exact,quantize": 0.05, "exact,prune-neurons{keep=0.75}": 0.5}
+ON_EVERY_BACKEND = [
+    pytest.param(
+        *(*backend.values, passes, allowed),
+        id=f"{backend.id}-{passes}-{allowed}",
+        marks=[*backend.marks, *([pytest.mark.slow] if backend.id != "eager" and passes != "exact,quantize" else [])],
+    )
+    for backend in every_backend.args[1]
+    for passes, allowed in ALLOWED.items()
+]
+
+
+@pytest.mark.parametrize(("backend", "passes", "allowed"), ON_EVERY_BACKEND)
 def test_nemotron(backend: Backend, passes: str, allowed: float) -> None:
     model, ids = seeded(nemotron), torch.arange(32).reshape(2, 16) + 3
     fast = captures.compile(model, ids, passes=passes, backend=backend, simulate=simulates(backend))

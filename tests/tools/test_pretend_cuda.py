@@ -204,7 +204,6 @@ QUICK = [
     ("exact", "bert"),
     ("exact", "llama"),
     ("cast{dtype=bf16}", "vit"),
-    ("prune-neurons{keep=0.5,criterion=wanda}", "gpt2"),
 ]
 
 
@@ -223,7 +222,7 @@ def test_a_program_on_the_device_is_the_one_on_the_cpu(passes: str, name: str) -
         assert (left.float() - right.float()).abs().max() <= allowed * left.float().abs().max()
 
 
-@pytest.mark.parametrize(("capability", "graphs"), [((8, 0), False), ((9, 0), True)])
+@pytest.mark.parametrize(("capability", "graphs"), all_but_slow([((8, 0), False), ((9, 0), True)], ((8, 0), False)))
 def test_a_mixture_in_bfloat16_runs_in_graphs_where_grouped_products_have_a_kernel(
     capability: tuple[int, int], graphs: bool
 ) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.neighbours import all_but_slow
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install lissom[triton]")
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+@pytest.mark.parametrize("capability", all_but_slow([80, 90, 100, 120], 80, 100))
 def test_kernels_keep_the_limits_of_a_target(capability: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.triton_targets", "--capability", str(capability)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -34,11 +34,12 @@ PRODUCTS = {
     "cast{dtype=bf16},quantize{scheme=int4-weight,symmetric=true}": aten._weight_int4pack_mm.default,
     "cast{dtype=bf16},quantize{scheme=int4-weight,group=64,symmetric=false}": aten._weight_int4pack_mm.default,
 }
-QUICK = (
-    "quantize{scheme=int8-static}",
-    "cast{dtype=bf16},quantize{scheme=fp8}",
-    "cast{dtype=bf16},quantize{scheme=int4-weight,group=64,symmetric=false}",
-)
+PROGRAMS = [(kernels, passes) for kernels in ("triton", "pytorch") for passes in PRODUCTS]
+QUICK = [
+    ("triton", "cast{dtype=bf16},quantize{scheme=int4-weight,group=64,symmetric=false}"),
+    ("pytorch", "quantize{scheme=int8-static}"),
+    *((kernels, "cast{dtype=bf16},quantize{scheme=fp8}") for kernels in ("triton", "pytorch")),
+]
 
 
 def bert() -> Case:
@@ -55,7 +56,7 @@ TRITON = {aten._int_mm.default: int8_product, aten._weight_int4pack_mm.default: 
 """What replaces these in `eager` where Triton is installed."""
 
 
-@pytest.fixture(params=["triton", "pytorch"])
+@pytest.fixture
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whose kernels there are for int8 and int4."""
     if request.param == "triton" and not has_kernels(torch.device("cuda")):
@@ -66,8 +67,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("passes", all_but_slow(PRODUCTS, *QUICK))
+@pytest.mark.parametrize("backend", all_but_slow(["eager", "inductor"], "eager"))
+@pytest.mark.parametrize(("kernels", "passes"), all_but_slow(PROGRAMS, *QUICK), indirect=["kernels"])
 def test_a_quantized_encoder_is_what_its_simulation_is(passes: str, backend: str, kernels: str) -> None:
     device = torch.device("cuda")
     if "fp8" in passes and (capability(device) or (0, 0)) < (8, 9):

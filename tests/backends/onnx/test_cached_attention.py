@@ -25,6 +25,7 @@ from lissom.frontends.capture.export import Capture, capture
 from tests.backends.test_state import TOLERANCE, errors
 from tests.support.caches import HEAD_DIM, PLACES, TOKENS, WIDTH, Decoder, call_of, captured_decoder, decoder, generation
 from tests.support.models import VOCABULARY, normal, seeded
+from tests.support.neighbours import all_but_slow
 
 EXPORTS: dict[Program, ir.Model] = {}
 
@@ -43,16 +44,10 @@ def fused(found: Capture) -> tuple[Session, int, list[dict[str, object]]]:
     return opener.open(model), places[CACHE], told
 
 
-# Every two of the three with each other; the other four are slow.
-DECODERS = [
-    pytest.param(batch, padded, window, marks=[] if padded and (batch == 1) ^ (window == 0) else pytest.mark.slow)
-    for batch in (1, 2)
-    for padded in (True, False)
-    for window in (0, 4)
-]
+DECODERS = [(batch, padded, window) for batch in (1, 2) for padded in (True, False) for window in (0, 4)]
 
 
-@pytest.mark.parametrize(("batch", "padded", "window"), DECODERS)
+@pytest.mark.parametrize(("batch", "padded", "window"), all_but_slow(DECODERS, (2, True, 0)))
 def test_it_gives_what_the_program_gives(batch, padded, window):
     found = decoder(batch, padded, window)
     session, count, told = fused(found)

@@ -17,7 +17,11 @@ from tests.support.neighbours import all_but_slow
 
 
 @pytest.mark.parametrize(
-    "passes", ["quantize{scheme=int4-weight}", "quantize{scheme=int8-dynamic}", "quantize{scheme=int8-weight}"]
+    "passes",
+    all_but_slow(
+        ["quantize{scheme=int4-weight}", "quantize{scheme=int8-dynamic}", "quantize{scheme=int8-weight}"],
+        *("quantize{scheme=int8-dynamic}", "quantize{scheme=int8-weight}"),
+    ),
 )
 @pytest.mark.parametrize("name", all_but_slow(["mixtral", "gpt-oss"], "mixtral"))
 def test_quantized_experts_run(name: str, passes: str) -> None:
@@ -33,7 +37,11 @@ def test_quantized_experts_run(name: str, passes: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "passes", ["quantize{scheme=int4-weight}", "quantize{scheme=int8-dynamic}", "quantize{scheme=int8-static}"]
+    "passes",
+    all_but_slow(
+        ["quantize{scheme=int4-weight}", "quantize{scheme=int8-dynamic}", "quantize{scheme=int8-static}"],
+        "quantize{scheme=int8-dynamic}",
+    ),
 )
 @pytest.mark.parametrize("name", all_but_slow(["mixtral", "gpt-oss"], "mixtral"))
 def test_experts_have_kernels(name: str, passes: str) -> None:

@@ -44,18 +44,11 @@ def run_plainly(found, path, inputs):
 
 
 FORMS = {"written out": (), "fused": tuple(CHOICES)}
-SLOW = {"bert_eager", "llama_eager", "t5", "gpt2", "blocked", "convolution"}
+QUICK = ("feed_forward", "nested", "tied", "bert")
 
 
-@pytest.mark.parametrize(
-    ("name", "form"),
-    [
-        pytest.param(name, form, marks=pytest.mark.slow if name in SLOW or (name, form) == ("llama", "written out") else ())
-        for name in CASES
-        if name != "counter"
-        for form in FORMS
-    ],
-)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", all_but_slow([name for name in CASES if name != "counter"], *QUICK))
 def test_the_file_passes_the_checker_and_shape_inference(name, form, tmp_path):
     path = exported(capture_of(name), tmp_path, FORMS[form], decompose=True)
     onnx.checker.check_model(path, full_check=True)

@@ -147,7 +147,7 @@ def plain_logits(found: Optimized) -> torch.Tensor:
         return made(input_ids=IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", all_but_slow(CASES, "int4"))
 def test_transformers_computes_the_program_in_a_fresh_process(exported, tmp_path, name):
     case = CASES[name]
     found, written, folder = exported(name)
