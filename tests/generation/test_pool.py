@@ -17,6 +17,7 @@ from lissom.generation.batching import Text
 from lissom.generation.pool import PooledDecoder
 from lissom.generation.sampling import Sampling
 from tests.support.decoders import VOCABULARY, decoder
+from tests.support.neighbours import all_but_slow
 
 LENGTH, NEW = 64, 10
 GREEDY = Sampling()
@@ -48,7 +49,9 @@ def texts(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:
     return [tuple(torch.randint(3, VOCABULARY, (length,), generator=source).tolist()) for length in lengths]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "gpt2", "qwen3", "phi"])
+@pytest.mark.parametrize(
+    "name", all_but_slow(["llama", "gemma3", "mistral", "gpt2", "qwen3", "phi"], "llama", "gpt2", "qwen3", "phi")
+)
 def test_texts_of_unlike_length_are_answered_as_alone(name: str) -> None:
     prompts = texts(5, 1, 20, 9, 33, 7, 7)
     answers = pool(name).generate(prompts, NEW, GREEDY)

@@ -125,7 +125,7 @@ def _llama_with_tokenizer(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTok
     return LlamaForCausalLM.from_pretrained(folder).eval(), wrapped
 
 
-@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("backend", all_but_slow(["eager", "onnxruntime"], "eager"))
 def test_a_decoder_with_the_ids_of_a_new_tokenizer(backend: str, tmp_path: Path) -> None:
     model, old = _llama_with_tokenizer(tmp_path / "model")
     data = [old(text, return_tensors="pt").input_ids for text in CORPUS[:2]]

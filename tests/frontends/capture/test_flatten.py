@@ -12,6 +12,7 @@ from lissom.frontends.capture.flatten import flatten_exported
 from tests.support import captures
 from tests.support.mixtures import mixture, samples, stacked_products
 from tests.support.models import captured, feed_forward, normal, tokens
+from tests.support.neighbours import all_but_slow
 
 aten = torch.ops.aten
 
@@ -178,7 +179,7 @@ def test_an_embedding_that_is_only_indexed_shares_its_batch():
     assert program.signature.describe() == "(ids: i64[batch, sequence], mask: i64[batch, sequence])"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", all_but_slow([torch.float32, torch.bfloat16], torch.float32))
 def test_grouped_products_of_both_packages_become_one_operator(dtype: torch.dtype) -> None:
     """In bfloat16 transformers calls `aten._grouped_mm`, in float32 an operator of its own."""
     found = captures.optimize(mixture("mixtral").to(dtype), samples(1)[0], checks="structural").program

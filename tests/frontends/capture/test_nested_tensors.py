@@ -10,6 +10,7 @@ import lissom
 from lissom.errors import CaptureError
 from lissom.frontends.capture.export import capture
 from tests.support.models import normal, seeded
+from tests.support.neighbours import all_but_slow
 
 WIDTH = 16
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -42,9 +43,11 @@ class Encoder(nn.Module):
         return found.mean(1) if self.pooled else found
 
 
-@pytest.mark.parametrize("example", ["none", "end", "end and hole"])
-@pytest.mark.parametrize("pooled", [False, True])
-def test_padding_positions_hold_what_the_model_writes(example: str, pooled: bool) -> None:
+EXAMPLES = [(pooled, example) for pooled in (False, True) for example in ("none", "end", "end and hole")]
+
+
+@pytest.mark.parametrize(("pooled", "example"), all_but_slow(EXAMPLES, (True, "none"), (False, "end and hole")))
+def test_padding_positions_hold_what_the_model_writes(pooled: bool, example: str) -> None:
     model = seeded(lambda: Encoder(pooled=pooled)).eval()
     program = capture(model, (normal(2, 7, WIDTH), masks(2, 7)[example])).program
     for rows, tokens in ((2, 7), (3, 5)):

@@ -17,6 +17,7 @@ from lissom.ops.formats import FORMATS, unpack_halves
 from lissom.ops.native import missing_weight_quantized_kernel
 from lissom.ops.weight_quantized_linear import weight_quantized_linear
 from tests.support.harness import step_of
+from tests.support.neighbours import all_but_slow
 from tests.support.quantized_checkpoints import change_config, small_config, write_compressed
 
 IDS = torch.arange(3, 15)[None]
@@ -134,7 +135,13 @@ def test_stored_integers_are_in_the_program(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(optimized.program(input_ids=IDS, use_cache=False)[0], found, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["int4, zero points", "int4, odd sizes", "int4, table too", "int8, W8A8", "fp8"])
+@pytest.mark.parametrize(
+    "name",
+    all_but_slow(
+        ["int4, zero points", "int4, odd sizes", "int4, table too", "int8, W8A8", "fp8"],
+        *("int4, table too", "int8, W8A8", "fp8"),
+    ),
+)
 def test_decoder_runs_stored_integers(tmp_path: Path, name: str) -> None:
     written(tmp_path, name)
     decoder = lissom.compile_generation(tmp_path, max_length=32, goal=None)

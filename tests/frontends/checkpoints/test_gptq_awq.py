@@ -17,6 +17,7 @@ from lissom.frontends.models.huggingface import load
 from lissom.ops.formats import FORMATS, unpack_halves
 from lissom.ops.native import missing_weight_quantized_kernel
 from lissom.ops.weight_quantized_linear import weight_quantized_linear
+from tests.support.neighbours import all_but_slow
 from tests.support.quantized_checkpoints import (
     Integers,
     Written,
@@ -92,7 +93,11 @@ def test_stored_integers_are_in_the_program(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gptq", "gptq desc_act", "gptq odd sizes", "gptq 8 bits, zero points", "gptq qwen3, tied", "awq"]
+    "name",
+    all_but_slow(
+        ["gptq", "gptq desc_act", "gptq odd sizes", "gptq 8 bits, zero points", "gptq qwen3, tied", "awq"],
+        *("gptq", "gptq 8 bits, zero points", "gptq qwen3, tied", "awq"),
+    ),
 )
 def test_decoder_runs_stored_integers(tmp_path: Path, name: str) -> None:
     made = written(tmp_path, name)

@@ -65,14 +65,8 @@ def difference(found: object, wanted: list[torch.Tensor]) -> float:
     return max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(given, wanted, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("name", "exporter"),
-    [
-        pytest.param(name, exporter, marks=pytest.mark.slow if name == "llama" else ())
-        for name in MODELS
-        for exporter in EXPORTERS
-    ],
-)
+@pytest.mark.parametrize("exporter", all_but_slow(EXPORTERS, "torchscript, opset 17"))
+@pytest.mark.parametrize("name", all_but_slow(MODELS, "vit"))
 def test_a_compiled_file_gives_what_onnx_runtime_gives(files, name, exporter):
     path, model = files(name, exporter)
     fast = lissom.compile(model.module, model.example_inputs())
@@ -82,7 +76,7 @@ def test_a_compiled_file_gives_what_onnx_runtime_gives(files, name, exporter):
         assert difference(fast(**inputs), run(path, inputs)) < 1e-5
 
 
-@pytest.mark.parametrize("exporter", [pytest.param(x, marks=pytest.mark.slow if "dynamo" in x else ()) for x in EXPORTERS])
+@pytest.mark.parametrize("exporter", all_but_slow(EXPORTERS, "torchscript, opset 17"))
 def test_minilm_gives_what_onnx_runtime_gives(minilm, tmp_path, exporter):
     dynamo, opset = EXPORTERS[exporter]
     path = export(Case(minilm.model, minilm.example_inputs), tmp_path / "minilm.onnx", dynamo=dynamo, opset=opset)

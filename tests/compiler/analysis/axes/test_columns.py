@@ -8,14 +8,14 @@ from lissom.compiler.analysis.axes.axis import Axis, concatenation, product
 from lissom.compiler.analysis.axes.columns import Columns, find_head_columns, find_neuron_columns, unit_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.frontends.capture.export import capture
-from tests.compiler.analysis.axes.test_axes import canonical
+from tests.compiler.analysis.axes.test_axes import MODELS, canonical
 from tests.support.models import Case, normal, seeded
+from tests.support.neighbours import all_but_slow
+
+HEADS = [("bert", 1), ("llama", 1), ("t5", 1), ("gpt2", 0), ("bloom", 1), ("deberta", 1)]
 
 
-@pytest.mark.parametrize(
-    ("name", "dim"),
-    [("bert", 1), ("llama", 1), ("t5", 1), ("gpt2", 0), ("bloom", 1), pytest.param("deberta", 1, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("name", "dim"), all_but_slow(HEADS, *(case for case in HEADS if case[0] not in ("t5", "deberta"))))
 def test_heads_are_blocks_of_columns_of_the_output_projection(name: str, dim: int):
     program, _ = canonical(name)
     for site in program.fact(structure).attention:
@@ -25,7 +25,7 @@ def test_heads_are_blocks_of_columns_of_the_output_projection(name: str, dim: in
         assert found.unit.tolist() == [index // width for index in range(found.unit.numel())]
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5", "gpt2", "bloom", "deberta"])
+@pytest.mark.parametrize("name", all_but_slow(MODELS, *(MODELS.keys() - {"deberta"})))
 def test_each_neuron_is_one_column_of_the_down_projection(name: str):
     program, _ = canonical(name)
     for site in program.fact(structure).feed_forward:
