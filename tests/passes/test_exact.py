@@ -14,16 +14,14 @@ from tests.support.neighbours import all_but_slow
 from tests.support.written_attention import EAGER, case_of, compiled, optimized
 
 
-@pytest.mark.parametrize("name", all_but_slow(EAGER, "bert", "llama", "gemma3", "deberta"))
+@pytest.mark.parametrize("name", all_but_slow(EAGER, "bert", "llama", "gemma3"))
 def test_every_attention_is_raised(name: str) -> None:
     fast, attentions = optimized(name), EAGER[name][1]
     assert calls(fast.program, aten.scaled_dot_product_attention.default) == attentions
     assert calls(fast.program, aten.softmax.int, aten._softmax.default) == 0
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("whisper", "mpnet") else ()) for name in EAGER]
-)
+@pytest.mark.parametrize("name", all_but_slow(EAGER, *(EAGER.keys() - {"whisper", "mpnet"})))
 def test_nothing_is_skipped(name: str) -> None:
     assert [skip for step in optimized(name).report.history.steps for skip in step.skipped] == []
 
@@ -42,7 +40,7 @@ def test_every_activation_is_raised(name: str) -> None:
     assert calls(program, aten.tanh.default) == 0
 
 
-@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.parametrize("name", all_but_slow(EAGER, *(EAGER.keys() - {"mpnet"})))
 def test_numbers_at_two_other_sizes(name: str) -> None:
     fast, case = compiled(name), case_of(name)
     signature = fast.program.signature

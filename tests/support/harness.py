@@ -59,6 +59,7 @@ def _every_backend(*quick: str) -> pytest.MarkDecorator:
 # Inductor takes some twenty seconds a graph. ONNX Runtime's variants are all built and checked, and timed in five runs each.
 every_backend = _every_backend("eager", "onnxruntime")
 every_backend_but_eager_slow = _every_backend("eager")
+every_backend_but_onnxruntime_slow = _every_backend("onnxruntime")
 
 
 def simulates(backend: Backend) -> bool:

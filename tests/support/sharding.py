@@ -79,7 +79,7 @@ MODELS: dict[str, Callable[[], Case]] = {
 
 # Three ranks divide nearly nothing evenly. Two and four are tried with heads that share keys and with a packed projection; the
 # others are slow, since they run through the same rules.
-QUICK = {3: ("llama", "gpt2", "bert", "t5", "vit")}
+QUICK = {3: ("llama", "gpt2", "bert", "vit")}
 """What is checked with every change, by the number of ranks; where none is given, Llama."""
 NAMES_AND_SIZES = [
     pytest.param(name, world_size, marks=[] if name in QUICK.get(world_size, ("llama",)) else pytest.mark.slow)

@@ -12,7 +12,16 @@ from lissom.backends.base import Backend
 from lissom.ops.quantization import fake_quantize
 from lissom.passes.canonical.fold_constants import FoldConstants
 from tests.support import captures
-from tests.support.harness import Calls, TextCase, aten, check_golden, every_backend, rewrite, text_cases
+from tests.support.harness import (
+    Calls,
+    TextCase,
+    aten,
+    check_golden,
+    every_backend,
+    every_backend_but_onnxruntime_slow,
+    rewrite,
+    text_cases,
+)
 from tests.support.models import normal, seeded
 from tests.support.written_attention import tiny_deberta
 
@@ -136,7 +145,7 @@ def test_composes(backend: Backend) -> None:
     torch.testing.assert_close(fast(x), module(x), rtol=1e-6, atol=1e-6)
 
 
-@every_backend
+@every_backend_but_onnxruntime_slow
 def test_lossy_pass_changes_both_products_of_shared_matrix(backend: Backend) -> None:
     case = tiny_deberta()
     sparse = copy.deepcopy(case.model)

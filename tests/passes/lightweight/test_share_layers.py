@@ -79,8 +79,10 @@ def test_leaves_other_graphs_alone() -> None:
     assert program.text() == history.texts[0]
 
 
-@pytest.mark.parametrize("take", ["mean", "last"])
-@pytest.mark.parametrize("name", STACKS)
+CASES = [(name, take) for name in STACKS for take in ("mean", "last")]
+
+
+@pytest.mark.parametrize(("name", "take"), all_but_slow(CASES, *(case for case in CASES if case != ("t5", "mean"))))
 def test_numbers(name: str, take: str) -> None:
     build, path = STACKS[name]
     case = build()

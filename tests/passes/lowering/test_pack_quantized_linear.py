@@ -30,6 +30,7 @@ from tests.support import captures
 from tests.support.harness import apply, aten, calls, check_golden, rewrite
 from tests.support.mixtures import mixture, samples
 from tests.support.models import Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama
+from tests.support.neighbours import all_but_slow
 
 LOWERING = ",fold-quantized-weights,pack-quantized-linear"
 needs_kernel = pytest.mark.skipif(
@@ -286,9 +287,10 @@ EXPERT_SCHEMES = {
 # have stacks as Mixtral does.
 EXPERT_CASES = [(name, scheme) for name in ("mixtral", "gpt-oss") for scheme in EXPERT_SCHEMES]
 EXPERT_CASES += [("qwen3-moe", "int8-dynamic"), ("deepseek-v3", "int8-dynamic"), ("deepseek-v3", "int4-weight")]
+QUICK_EXPERTS = {*EXPERT_CASES} - {("gpt-oss", "int8-weight"), ("deepseek-v3", "int8-dynamic")}
 
 
-@pytest.mark.parametrize(("name", "scheme"), EXPERT_CASES)
+@pytest.mark.parametrize(("name", "scheme"), all_but_slow(EXPERT_CASES, *QUICK_EXPERTS))
 def test_experts_have_kernels(name: str, scheme: str) -> None:
     given, passes = samples(), f"quantize{{scheme={scheme}}}"
     wanted = captures.optimize(mixture(name), given[0], passes=passes, data=given, checks="structural").program

@@ -55,13 +55,7 @@ def test_a_stale_plan_is_refused() -> None:
         run_passes("partition", planned, samples)
 
 
-@pytest.mark.parametrize(
-    ("name", "world_size"),
-    [
-        pytest.param(*item.values, marks=pytest.mark.slow if item.values == ("t5", 3) else item.marks)
-        for item in NAMES_AND_SIZES
-    ],
-)
+@pytest.mark.parametrize(("name", "world_size"), NAMES_AND_SIZES)
 def test_numbers(name: str, world_size: int) -> None:
     # The pipeline compares the ranks in lock-step with the program before, at two sizes.
     after, history = partitioned(name, world_size)

@@ -17,6 +17,7 @@ from lissom.inspect.tables import plain
 from tests.support.canonical_programs import reasons, run_passes
 from tests.support.harness import rewrite
 from tests.support.models import FeedForward, normal, seeded
+from tests.support.neighbours import all_but_slow
 from tests.support.sharding import NAMES_AND_SIZES, decoder_program_of, partition, partitioned, program_of
 
 SEQUENCE = ",sequence=true"
@@ -69,7 +70,10 @@ def test_collectives(name: str, wanted: tuple[int, int, int]) -> None:
     assert kinds(after) == wanted
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "cohere", "neox", "mixtral"])
+SENDING = ("llama", "gpt2", "t5", "cohere", "neox")
+
+
+@pytest.mark.parametrize("name", all_but_slow([*SENDING, "mixtral"], *SENDING))
 def test_sends_what_all_reduces_send(name: str) -> None:
     program, _ = program_of(name)
     numbers = dict.fromkeys(program.signature.dimensions, 12)

@@ -109,7 +109,7 @@ def masked(model: nn.Module, dropped: Mapping[str, Sequence[int]]) -> Generator[
         bias.copy_(before[name])
 
 
-@pytest.mark.parametrize("name", all_but_slow(FAMILIES, "mixtral", "qwen3-moe", "gpt-oss"))
+@pytest.mark.parametrize("name", all_but_slow(FAMILIES, "mixtral"))
 def test_equal_to_the_model_with_masked_experts(name: str) -> None:
     model, data = family(name), samples()
     found = captures.optimize(model, data[0], passes="prune-experts{keep=0.75}", data=data)
@@ -128,6 +128,7 @@ def test_equal_to_the_model_with_masked_experts(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_rewrites() -> None:
     data = samples()
     history = captures.optimize(mixture("deepseek-v3"), data[0], passes="prune-experts{keep=0.75}", data=data).report.history
@@ -157,7 +158,7 @@ def saliency(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tens
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("padding", all_but_slow([0, 5], 0))
 def test_numbers(padding: int) -> None:
     model, data = mixture("mixtral"), samples(1, length=17)
     mask = torch.ones_like(data[0]["input_ids"])
@@ -187,6 +188,7 @@ def test_lowest_scores_of_each_group() -> None:
     assert lowest(scores, 2).tolist() == [[False, True, False, True], [True, False, False, True]]
 
 
+@pytest.mark.slow
 def test_groups_lose_as_many_experts_each() -> None:
     data, model = samples(), family("deepseek-grouped")
     found = captures.optimize(model, data[0], passes="prune-experts{keep=0.5}", data=data)

@@ -16,6 +16,7 @@ from tests.support import captures
 from tests.support.harness import check_golden, step_of
 from tests.support.mixtures import EXPERTS, HIDDEN, INNER, mixture, samples, stacks
 from tests.support.models import Case, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.support.neighbours import all_but_slow
 
 CRITERIA = ("magnitude", "wanda", "gradient", "taylor", "reconstruction", "second-order")
 MODELS = {build.__name__: build for build in (tiny_bert, tiny_gpt2, tiny_llama, tiny_t5)}
@@ -43,7 +44,7 @@ def test_rewrites() -> None:
     check_golden("prune_neurons", f"{step.spelling}: {step.summary}; difference: {diff or 'none'}\n")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", all_but_slow(MODELS, "tiny_bert", "tiny_gpt2", "tiny_llama"))
 def test_as_many_units_go_as_asked_by_every_criterion(name: str) -> None:
     case: Case = MODELS[name]()
     program = captures.optimize(case.model, case.inputs).program

@@ -20,6 +20,7 @@ from lissom.compiler.ir.vocabulary import Vocabulary
 from lissom.errors import InputError, UnsupportedError
 from tests.support import captures
 from tests.support.models import seeded
+from tests.support.neighbours import all_but_slow
 from tests.support.tokenizers import CORPUS, tokenizer
 
 _TEXTS = CORPUS[:2]
@@ -118,7 +119,7 @@ def pruned(case: Made, options: str = "coverage=1,ids=tokenizer") -> tuple[Any, 
     return small, small.program.vocabulary
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", all_but_slow(MODELS, *(MODELS.keys() - {"t5"})))
 def test_the_new_tokenizer_gives_the_ids_that_the_program_takes(name: str) -> None:
     case = made(name)
     small, vocabulary = pruned(case)
@@ -137,7 +138,7 @@ def test_the_new_tokenizer_gives_the_ids_that_the_program_takes(name: str) -> No
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", all_but_slow(MODELS, *(MODELS.keys() - {"t5"})))
 def test_no_map_of_ids_is_left_in_the_program(name: str) -> None:
     small, vocabulary = pruned(made(name))
     weights = small.program.weights()
@@ -145,7 +146,10 @@ def test_no_map_of_ids_is_left_in_the_program(name: str) -> None:
     assert not any(vocabulary.size in weight.shape for weight in weights.values())
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "llama-tied", "xlm-roberta", "t5"])
+PLAIN = ("bert", "llama", "llama-tied", "xlm-roberta")
+
+
+@pytest.mark.parametrize("name", all_but_slow([*PLAIN, "t5"], *PLAIN))
 def test_checkpoints(name: str, tmp_path: Path) -> None:
     case = made(name)
     small, vocabulary = pruned(case)

@@ -23,6 +23,7 @@ from tests.support import captures
 from tests.support.decoders import decoder, prompt
 from tests.support.harness import aten, calls, rewrite
 from tests.support.models import Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.support.neighbours import all_but_slow
 
 
 def woken(case: Case) -> Case:
@@ -48,7 +49,7 @@ def stream(program: Program, sample: Sample) -> list[torch.Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("build", [tiny_llama, tiny_t5, tiny_gpt2])
+@pytest.mark.parametrize("build", all_but_slow([tiny_llama, tiny_t5, tiny_gpt2], tiny_llama, tiny_gpt2))
 def test_the_stream_is_in_the_basis(build) -> None:
     before, sample, after, history = rotated(woken(build()))
     assert history.steps[1].relative_error is not None and history.steps[1].relative_error < 5e-6
@@ -68,7 +69,9 @@ def test_norms_are_left_without_scale(build) -> None:
     assert all(Norm(norm).weight is None for norm in after.nodes(aten.rms_norm.default))
 
 
-@pytest.mark.parametrize(("name", "matrices"), [("gemma3", 5), ("gpt2", 0), ("bloom", 1)])
+@pytest.mark.parametrize(
+    ("name", "matrices"), all_but_slow([("gemma3", 5), ("gpt2", 0), ("bloom", 1)], ("gpt2", 0), ("bloom", 1))
+)
 def test_scales_that_cannot_be_folded_stay_as_matrices(name: str, matrices: int) -> None:
     """Norms after layers and before a tied head in Gemma; after the embedding in BLOOM; GPT-2's head is untied."""
     model = decoder(name)
