@@ -58,7 +58,7 @@ _AVX512 = _with(
     avx512cd="-mavx512cd",
 )
 _AVX512_VNNI = _with("avx512_vnni", _AVX512, avx512_vnni="-mavx512vnni")
-_AVX512_BF16 = _with("avx512_bf16", _AVX512_VNNI, avx512_bf16="-mavx512bf16")
+_AVX512_BF16 = _with("avx512_bf16", _AVX512_VNNI, avx512_bf16="-mavx512bf16", avx512vbmi="-mavx512vbmi")
 _AMX = _with("amx", _AVX512_BF16, amx_tile="-mamx-tile", amx_int8="-mamx-int8", amx_bf16="-mamx-bf16")
 _GENERIC = InstructionSet("generic", (), ())
 _ARMV8 = InstructionSet("armv8", ("asimd",), ("-march=armv8-a",))

@@ -2,10 +2,11 @@
 // w ≈ (q - zero) scale with integer zero points, or w ≈ q scale - shift with zero points in floating point. fp8 is e4m3, fp4 is
 // e2m1, and scales may be e8m0, or e4m3 times one number for the tensor.
 //
-// For few rows the weight is dequantized in registers, since such calls are bound by memory. For more rows a panel is dequantized
-// once into the layout of a packed float weight.
+// For few rows the weight is dequantized in registers, since such calls are bound by memory, or multiplied as it is with digits of
+// x. For more rows a panel is dequantized once into the layout of a packed float weight.
 #pragma once
 
+#include "digits.h"
 #include "linear.h"
 
 #include <torch/headeronly/util/Float8_e4m3fn.h>
@@ -30,6 +31,8 @@ constexpr int64_t few_rows_of(int bits) {
   return bits < 8 ? 24 : std::numeric_limits<int64_t>::max();
 #endif
 }
+
+constexpr int64_t kFewStoredRows = 20;  // the same for a weight that is multiplied as it is stored
 
 enum class Form { kInt8, kUint8, kFp8, kInt6, kInt5, kUint5, kInt4, kUint4, kFp4 };
 constexpr bool is_signed(Form form) { return form != Form::kUint8 && form != Form::kUint5 && form != Form::kUint4; }
@@ -247,6 +250,52 @@ struct Decoder {
   }
 };
 
+// True for weights that VNNI multiplies with the digits of x.
+template <typename T>
+constexpr bool multiplies_as_stored([[maybe_unused]] Form form) {
+#if defined(LISSOM_DIGITS)
+  return !std::is_same_v<T, float> && form != Form::kFp8 && form != Form::kFp4 && (bits_of(form) == 4 || bits_of(form) == 8);
+#else
+  return false;
+#endif
+}
+
+#if defined(LISSOM_DIGITS)
+// Weights of four and eight bits as unsigned bytes, plus kRaised, four inputs of a column side by side: what VNNI multiplies.
+template <Form form>
+struct Fours {
+  static constexpr int kRaised = form == Form::kInt8 ? 128 : form == Form::kInt4 ? 8 : 0;
+  __m512i first, second;  // the places of the bytes of columns 0 to 15 and 16 to 31
+
+  Fours() {
+    constexpr int row = step_bytes(form);
+    alignas(64) uint8_t places[2][64];
+    for (int i = 0; i < 64; ++i) {
+      places[0][i] = i % 4 * row + i / 4;
+      places[1][i] = places[0][i] + 16;
+    }
+    first = _mm512_load_si512(places[0]), second = _mm512_load_si512(places[1]);
+  }
+
+  inline __attribute__((always_inline)) void operator()(const uint8_t* from, __m512i (&to)[kWide]) const {
+    __m512i low = _mm512_loadu_si512(from);
+    if constexpr (bits_of(form) == 8) {
+      __m512i high = _mm512_loadu_si512(from + 64);
+      to[0] = _mm512_permutex2var_epi8(low, first, high);
+      to[1] = _mm512_permutex2var_epi8(low, second, high);
+      if constexpr (kRaised != 0)
+        for (int v = 0; v < kWide; ++v) to[v] = _mm512_xor_si512(to[v], _mm512_set1_epi8(-128));
+    } else {
+      const __m512i fifteen = _mm512_set1_epi8(15);
+      __m512i both = _mm512_permutexvar_epi8(first, low);
+      if constexpr (kRaised != 0) both = _mm512_xor_si512(both, _mm512_set1_epi8(-120));
+      to[0] = _mm512_and_si512(both, fifteen);
+      to[1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), fifteen);
+    }
+  }
+};
+#endif
+
 // Interleaves two rows of weights in the layout of a packed bfloat16 weight.
 #if defined(__AVX512BF16__)
 inline void store_pairs(BFloat16* to, Vec first, Vec second) {
@@ -284,16 +333,19 @@ struct WeightQuantized {
   int64_t origin = 0;           // the first row of `floats` and `sums`
   std::vector<float> floats{};  // x in float32, where it is multiplied so and is not float32
   std::vector<float> sums{};    // of x per group, [rows, groups], where there are zero points
+  Digits digits{};              // of x, where the weight is multiplied as it is
 
-  bool direct() const { return rows <= few_rows_of<P>(bits_of(weight.form)); }
+  bool direct() const {
+    return rows <= (multiplies_as_stored<T>(weight.form) ? kFewStoredRows : few_rows_of<P>(bits_of(weight.form)));
+  }
   int64_t row_bytes() const { return weight.inputs * sizeof(T); }
 
   void prepare(int64_t begin, int64_t end) {
     int64_t n = weight.inputs;
     origin = begin;
-    if (!std::is_same_v<T, float> && (direct() || std::is_same_v<P, float>)) widen(x + begin * n, (end - begin) * n, floats);
-    if (!direct() || !weight.has_zeros()) return;
-    group_sums(values(begin), (end - begin) * weight.groups, n / weight.groups, sums);
+    const bool widens = !std::is_same_v<T, float> && (direct() || std::is_same_v<P, float>);
+    if (widens && !(direct() && fill_digits(begin, end))) widen(x + begin * n, (end - begin) * n, floats);
+    if (direct() && weight.has_zeros()) group_sums(x + begin * n, (end - begin) * weight.groups, n / weight.groups, sums);
   }
 
   // The dequantized panel in thread-local memory; null where the weight is dequantized in registers.
@@ -308,7 +360,15 @@ struct WeightQuantized {
   template <int R, bool fetches>
   void tile(const P* opened, int64_t row, int64_t panel, int column, Vec (&totals)[R][kWide], bool) const {
     constexpr int pair = kPair<P>;
-    if (!opened) return with_form(weight.form, [&](auto form) { direct_tile<decltype(form)::value>(row, panel, column, totals); });
+    if (!opened)
+      return with_form(weight.form, [&](auto form) {
+        constexpr Form kForm = decltype(form)::value;
+#if defined(LISSOM_DIGITS)
+        if constexpr (multiplies_as_stored<T>(kForm))
+          if (digits.span) return digit_tile<kForm>(row, panel, totals);
+#endif
+        direct_tile<kForm>(row, panel, column, totals);
+      });
     const P* from;
     if constexpr (std::is_same_v<T, P>) from = x + row * weight.inputs;
     else from = values(row);
@@ -319,6 +379,17 @@ struct WeightQuantized {
   const float* values(int64_t row) const {
     if constexpr (std::is_same_v<T, float>) return x + row * weight.inputs;
     else return floats.data() + (row - origin) * weight.inputs;
+  }
+
+  // Sets `digits`; false where the weight is widened to floats.
+  bool fill_digits([[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end) {
+#if defined(LISSOM_DIGITS)
+    if (int64_t span = span_of(weight.inputs / weight.groups); span && multiplies_as_stored<T>(weight.form)) {
+      digits.fill(x + begin * weight.inputs, end - begin, weight.inputs, span);
+      return true;
+    }
+#endif
+    return false;
   }
 
   template <Form form>
@@ -351,6 +422,73 @@ struct WeightQuantized {
       }
     }
   }
+
+#if defined(LISSOM_DIGITS)
+  template <Form form, int R>
+  void digit_tile(int64_t row, int64_t panel, Vec (&totals)[R][kWide]) const {
+    constexpr int most = 4;  // rows at once: 4 x 4 sums, of 32 registers
+    const Fours<form> fours;
+    const int64_t per_group = digits.spans / weight.groups;
+    const uint8_t* from = weight.panel(panel);
+    for (int64_t index = 0; index < digits.spans; ++index, from += digits.span * step_bytes(form)) {
+      int64_t group = index / per_group;
+      Vec scales[kWide];
+      IntVec zeros[kWide];
+#pragma GCC unroll 2
+      for (int v = 0; v < kWide; ++v) {
+        int64_t c = panel * kPanel + v * kLanes;
+        scales[v] = weight.scales(group, c);
+        zeros[v] = IntVec{} + Fours<form>::kRaised;
+        if (weight.zero) zeros[v] += widen(weight.zero + place_of(group, weight.groups, c));
+      }
+      int r = 0;
+#pragma GCC unroll 4
+      for (; r + most <= R; r += most) add_span<form, most>(fours, from, row - origin + r, index, scales, zeros, totals + r);
+      if constexpr (R % most != 0) add_span<form, R % most>(fours, from, row - origin + r, index, scales, zeros, totals + r);
+      if (weight.shift && (index + 1) % per_group == 0) subtract_shifts(row, panel, group, totals);
+    }
+  }
+
+  // Adds the products of a span of R rows. zeros: to subtract from the elements as `Fours` gives them.
+  template <Form form, int R>
+  inline __attribute__((always_inline)) void add_span(const Fours<form>& fours, const uint8_t* from, int64_t row, int64_t index,
+                                                      const Vec (&scales)[kWide], const IntVec (&zeros)[kWide],
+                                                      Vec (*totals)[kWide]) const {
+    constexpr int64_t step = step_bytes(form);
+    __m512i low[R][kWide] = {}, high[R][kWide] = {}, weights[kWide];
+    for (int64_t i = 0; i < digits.span; i += 4) {
+      for (int line = 0; line < 4 * step; line += 64) __builtin_prefetch(from + i * step + kAhead + line, 0, 2);
+      fours(from + i * step, weights);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        __m512i first = _mm512_set1_epi32(digits.four(row + r, false, index * digits.span + i));
+        __m512i second = _mm512_set1_epi32(digits.four(row + r, true, index * digits.span + i));
+#pragma GCC unroll 2
+        for (int v = 0; v < kWide; ++v) {
+          low[r][v] = _mm512_dpbusd_epi32(low[r][v], weights[v], first);
+          high[r][v] = _mm512_dpbusd_epi32(high[r][v], weights[v], second);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      Vec scale = splat(digits.scale(row + r, index));
+#pragma GCC unroll 2
+      for (int v = 0; v < kWide; ++v) {
+        IntVec sum = (IntVec)low[r][v] + ((IntVec)high[r][v] << 8) - zeros[v] * digits.sum(row + r, index);
+        totals[r][v] += to_floats(sum) * (scales[v] * scale);
+      }
+    }
+  }
+
+  template <int R>
+  void subtract_shifts(int64_t row, int64_t panel, int64_t group, Vec (&totals)[R][kWide]) const {
+    for (int v = 0; v < kWide; ++v) {
+      Vec shift = weight.shifts(group, panel * kPanel + v * kLanes);
+      for (int r = 0; r < R; ++r) totals[r][v] -= shift * sums[(row + r - origin) * weight.groups + group];
+    }
+  }
+#endif
 
   template <Form form, int R>
   void direct_tile(int64_t row, int64_t panel, int column, Vec (&totals)[R][kWide]) const {
